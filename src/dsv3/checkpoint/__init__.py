@@ -1,0 +1,8 @@
+"""Checkpoints in Hugging Face's format, in and out: streamed, checked, and never a pickle."""
+
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.hub import resolve
+from dsv3.checkpoint.pretrained import DeepseekV3
+from dsv3.checkpoint.reader import Checkpoint, open_checkpoint
+
+__all__ = ["Checkpoint", "DeepseekV3", "convert", "open_checkpoint", "resolve"]

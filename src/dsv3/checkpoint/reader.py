@@ -1,0 +1,297 @@
+"""A checkpoint folder as Hugging Face has it, checked whole before a single weight is read.
+
+`open_checkpoint` reads the config, the index and the headers of the shards: a few megabytes even for 671B.
+From them follows everything that can be wrong with a folder short of flipped bits, so whatever is broken is
+said in one line before memory is allocated or a byte is written. Weights then come by memory map, shard by
+shard as they lie on disk, and only one shard is mapped at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dsv3.checkpoint.names import EMBEDDING, HEAD, SCALE_SUFFIX, Piece, mtp_prefix, table
+from dsv3.checkpoint.shards import TensorInfo, read_header
+from dsv3.config import ModelConfig
+from dsv3.errors import CheckpointError
+from dsv3.quant.fp8 import BLOCK, scale_shape
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FP8 = torch.float8_e4m3fn
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+QUANTIZATION: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""The `quantization_config` of released FP8 files."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose config, index and headers agree."""
+
+    folder: Path
+    config: ModelConfig
+    """As it will be loaded: without MTP modules if the folder has none of their tensors."""
+    pieces: Mapping[str, Piece]
+    """Every tensor that will be read, by name; FP8 scales are not among them."""
+    shards: Mapping[str, Mapping[str, TensorInfo]]
+    """For each file the tensors in it, in the order of their bytes."""
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors, FP8 scales included."""
+        return {name: info for shard in self.shards.values() for name, info in shard.items()}
+
+    @cached_property
+    def _shard_of(self) -> dict[str, str]:
+        return {name: file for file, shard in self.shards.items() for name in shard}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def quantized(self) -> bool:
+        return any(info.dtype == FP8 for info in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What to load the weights as if nothing else is asked for: bfloat16 where they are FP8."""
+        return torch.bfloat16 if self.quantized else self.tensors[EMBEDDING].dtype
+
+    def stream(self) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
+        """Every tensor of the model as stored, with its scale where it is FP8, shard by shard.
+
+        Tensors are views of the file. Keep none of them, or their whole shard stays mapped.
+        """
+        for file, names in self.stream_order().items():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                for name in names:
+                    scale = None
+                    if self.tensors[name].dtype == FP8:
+                        elsewhere = self._shard_of[name + SCALE_SUFFIX] != file
+                        scale = (self if elsewhere else shard).get_tensor(name + SCALE_SUFFIX)
+                    yield self.pieces[name], shard.get_tensor(name), scale
+
+    def stream_order(self) -> dict[str, list[str]]:
+        """For each file the names that `stream` yields from it."""
+        return {file: [name for name in shard if name in self.pieces] for file, shard in self.shards.items()}
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One tensor as stored."""
+        with safe_open(self.folder / self._shard_of[name], framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
+
+    def check_copies(self) -> None:
+        """Raise CheckpointError if a tensor that repeats another one differs from it.
+
+        The model keeps one of them, so loading would lose the other. Reads both a slice of rows at a time.
+        """
+        for name, piece in self.pieces.items():
+            if piece.copy_of is None:
+                continue
+            one, other = self.get_tensor(piece.copy_of), self.get_tensor(name)
+            rows = max(1, (1 << 22) // one.shape[1])
+            for a, b in zip(one.split(rows), other.split(rows), strict=True):
+                if not torch.equal(a, b if a.dtype == b.dtype else b.to(a.dtype)):
+                    raise CheckpointError(
+                        f"{self.folder}: {name} differs from {piece.copy_of}, but the model shares one "
+                        "matrix between the two: save the checkpoint again with one in the place of both"
+                    )
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint's config, index and headers, and check that they make a whole model.
+
+    Raises CheckpointError (or ConfigError, for what config.json says) with one line that names what is wrong.
+    """
+    folder = Path(path)
+    _check_folder(folder)
+    config = ModelConfig.from_json(folder / CONFIG)
+    if config.quantization_config is not None:
+        _check_quantization(folder, config.quantization_config)
+    shards = _read_shards(folder)
+    tensors = {name: info for shard in shards.values() for name, info in shard.items()}
+    modules = range(config.num_nextn_predict_layers)
+    if not any(name.startswith(mtp_prefix(config, k)) for k in modules for name in tensors):
+        # transformers drops the MTP modules when it saves, and keeps their number in the config.
+        config = config.replace(num_nextn_predict_layers=0)
+    pieces = table(config)
+    _check_names(folder, config, pieces, tensors)
+    for name, info in tensors.items():
+        if name in pieces:
+            _check_tensor(folder, config, pieces[name], info, tensors.get(name + SCALE_SUFFIX))
+    present = {name: piece for name, piece in pieces.items() if name in tensors}
+    return Checkpoint(folder, config, present, shards)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.suffix in PICKLES and folder.is_file():
+        raise CheckpointError(_pickle_message(folder.parent, folder.name))
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: give the folder that holds config.json and the weights")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist: give a checkpoint's folder")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} has no config.json: a checkpoint holds it beside the weights")
+
+
+def _pickle_message(folder: Path, name: str) -> str:
+    return (
+        f"{folder}: {name} is a pickle, which can run any code when it is opened, and is refused: "
+        "convert it to safetensors first, for example with transformers' save_pretrained"
+    )
+
+
+def _check_quantization(folder: Path, stated: Mapping[str, Any]) -> None:
+    """Refuse what would be read wrongly. Lists of names are not needed: dtypes say which tensors are FP8."""
+    allowed: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in QUANTIZATION.items()}
+    allowed |= {
+        "scale_fmt": (None, "float", "ue8m0"),  # ue8m0: the scales are powers of two, still stored as float32
+        "dequantize": (False, None),
+        "expert_dtype": ("fp8", None),
+    }
+    stated = {"fmt": "e4m3", "activation_scheme": "dynamic"} | dict(stated)
+    for key in ("quant_method", *stated):
+        if key in ("modules_to_not_convert", "modules_to_convert", "ignored_layers"):
+            continue
+        value = stated.get(key)
+        if value not in allowed.get(key, ()):
+            raise CheckpointError(
+                f"{folder}: unknown quantisation: {key} is {value!r} in config.json's quantization_config; "
+                f"dsv3 reads DeepSeek's FP8, {json.dumps(QUANTIZATION)}"
+            )
+    if "weight_block_size" not in stated:
+        raise CheckpointError(f"{folder}: unknown quantisation: quantization_config has no weight_block_size")
+
+
+def _read_shards(folder: Path) -> dict[str, dict[str, TensorInfo]]:
+    if (folder / SINGLE).is_file():
+        return {SINGLE: read_header(folder / SINGLE)}
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_no_weights_message(folder))
+    weight_map = _read_index(folder / INDEX)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: shard {missing[0]} is missing{_and_others(missing)}, though {INDEX} names it: "
+            "download it"
+        )
+    shards = {file: read_header(folder / file) for file in files}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise CheckpointError(f"{folder}: {INDEX} places {name} in {file}, which does not hold it")
+    # The index decides: a tensor that it does not place in this file is a leftover.
+    return {
+        file: {name: info for name, info in shard.items() if weight_map.get(name) == file}
+        for file, shard in shards.items()
+    }
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        items = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is corrupt ({problem}): download it again") from None
+    for name, file in items:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path} is corrupt: it places {name} in {file!r}, not in a file beside it")
+        if Path(file).suffix in PICKLES:
+            raise CheckpointError(_pickle_message(path.parent, file))
+    return dict(items)
+
+
+def _no_weights_message(folder: Path) -> str:
+    files = sorted(file.name for file in folder.iterdir())
+    shards = [file for file in files if file.endswith(".safetensors")]
+    pickles = [file for file in files if file.endswith(PICKLES)]
+    if shards:
+        return f"{folder} has {shards[0]} but no {INDEX}, which says what is in the shards: download it"
+    if pickles:
+        return _pickle_message(folder, pickles[0])
+    return f"{folder} has no weights: neither {SINGLE} nor {INDEX}"
+
+
+def _check_names(
+    folder: Path, config: ModelConfig, pieces: Mapping[str, Piece], tensors: Mapping[str, TensorInfo]
+) -> None:
+    missing = [name for name, piece in pieces.items() if name not in tensors and piece.copy_of is None]
+    if missing:
+        raise CheckpointError(f"{folder}: tensor {missing[0]} is missing{_and_others(missing)}")
+    unexpected = [
+        name
+        for name in tensors
+        if name not in pieces and name.removesuffix(SCALE_SUFFIX) not in pieces and not _is_ignored(name)
+    ]
+    if unexpected:
+        advice = "config.json describes another model"
+        if unexpected[0].startswith(mtp_prefix(config, config.num_nextn_predict_layers)):
+            advice = "an MTP module that num_nextn_predict_layers in config.json does not count"
+        raise CheckpointError(
+            f"{folder}: unexpected tensor {unexpected[0]}{_and_others(unexpected)}: {advice}"
+        )
+
+
+def _is_ignored(name: str) -> bool:
+    """Old transformers saved the rotary frequencies, which follow from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tensor(
+    folder: Path, config: ModelConfig, piece: Piece, info: TensorInfo, scale: TensorInfo | None
+) -> None:
+    name = info.name
+    if info.shape != piece.shape:
+        raise CheckpointError(
+            f"{folder}: {name} has shape {list(info.shape)}, but config.json asks for {list(piece.shape)}"
+        )
+    if info.dtype != FP8:
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{folder}: {name} has unsupported dtype {_short(info.dtype)}: dsv3 reads float32, bfloat16, "
+                "float16 and float8_e4m3fn with block scales"
+            )
+        if scale is not None:
+            raise CheckpointError(f"{folder}: {scale.name} scales a tensor that is {_short(info.dtype)}")
+        return
+    if config.quantization_config is None:
+        raise CheckpointError(f"{folder}: {name} is FP8, but config.json has no quantization_config")
+    if len(info.shape) != 2 or (piece.copy_of or name) in (EMBEDDING, HEAD):
+        raise CheckpointError(
+            f"{folder}: {name} has unsupported dtype float8_e4m3fn: only matrices between embedding and head "
+            "may be FP8"
+        )
+    if scale is None:
+        raise CheckpointError(f"{folder}: {name} is FP8, but its scale {name + SCALE_SUFFIX} is missing")
+    if scale.shape != scale_shape(*info.shape):
+        raise CheckpointError(
+            f"{folder}: {scale.name} has shape {list(scale.shape)}, but {list(info.shape)} weights have "
+            f"{list(scale_shape(*info.shape))} blocks of {BLOCK} x {BLOCK}"
+        )
+    if scale.dtype not in FLOATS:
+        raise CheckpointError(f"{folder}: {scale.name} has unsupported dtype {_short(scale.dtype)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _and_others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""

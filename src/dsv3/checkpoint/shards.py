@@ -1,0 +1,132 @@
+"""One safetensors file: its header, and how it is written tensor by tensor.
+
+The format is plain: eight bytes that give the header's length, the header (JSON: for each tensor its dtype,
+shape, and the bytes it occupies), then the tensors' bytes without holes. Nothing in it can run code.
+
+We read headers ourselves, since they tell everything that can be wrong with a file before any weight is
+touched, and leave the memory map to the safetensors library. We also write ourselves: where each tensor lies
+follows from shapes alone, so a shard is written while its tensors are made, one in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import CheckpointError
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises CheckpointError if the file is not whole: cut off, not safetensors, or inconsistent.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` there")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or (length <= _LONGEST_HEADER and 8 + length > size):
+            raise CheckpointError(f"{path} is cut off within its header, at {size:,} bytes: get it again")
+        if length > _LONGEST_HEADER:
+            raise CheckpointError(f"{path} has a corrupt header, or is not safetensors: download it again")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
+        tensors, end = {}, 0
+        for name, entry in entries:
+            tensors[name] = info = _read_entry(path, name, entry)
+            if entry["data_offsets"] != [end, end + info.nbytes]:
+                raise ValueError(f"{name} does not occupy the bytes that its shape and dtype ask for")
+            end += info.nbytes
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a corrupt header ({error}): download it again") from None
+    wanted = 8 + length + end
+    if size < wanted:
+        raise CheckpointError(f"{path} is cut off: it has {size:,} of {wanted:,} bytes: download it again")
+    if size > wanted:
+        raise CheckpointError(f"{path} is corrupt: it has {size - wanted:,} bytes too many: get it again")
+    return tensors
+
+
+def _read_entry(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{path}: {name} has unsupported dtype {entry['dtype']}")
+    shape = tuple(entry["shape"])
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"{name} has shape {entry['shape']}")
+    return TensorInfo(name, _DTYPES[entry["dtype"]], shape)
+
+
+def write_shard(path: Path, infos: Sequence[TensorInfo], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file. `tensors` yields exactly the announced ones, in the same order."""
+    offsets, end = {}, 0
+    # Wider dtypes come first in the file, so that every tensor is aligned when it is mapped into memory.
+    for info in sorted(infos, key=lambda info: -info.dtype.itemsize):
+        offsets[info.name] = end
+        end += info.nbytes
+    shapes = {info.name: info for info in infos}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, offset in offsets.items():
+        info = shapes[name]
+        header[name] = {
+            "dtype": _CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for info in infos:
+            name, tensor = next(tensors)
+            if (name, tensor.dtype, tuple(tensor.shape)) != (info.name, info.dtype, info.shape):
+                raise AssertionError(f"announced {info}, got {name} {tensor.dtype} {list(tensor.shape)}")
+            file.seek(8 + len(text) + offsets[name])
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            del tensor
+        file.flush()
+        os.fsync(file.fileno())

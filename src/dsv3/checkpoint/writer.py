@@ -1,0 +1,158 @@
+"""Writing a checkpoint folder as Hugging Face has it, whole or not at all.
+
+Three formats: `bf16` and `fp8` are the released ones, `fp32` loses nothing of a model in training. In all
+of them the correction biases keep their dtype. FP8 quantises exactly what the released files do
+(`Piece.in_fp8`). A fourth, `same`, keeps each tensor as it is.
+
+Everything goes into a new folder beside the target, which takes the target's place once it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dsv3.checkpoint.names import SCALE_SUFFIX, Piece
+from dsv3.checkpoint.reader import CONFIG, FP8, INDEX, SINGLE
+from dsv3.checkpoint.shards import TensorInfo, write_shard
+from dsv3.errors import CheckpointError, UserError
+from dsv3.quant.fp8 import dequantize_blocks, quantize_blocks, scale_shape
+
+Format = Literal["bf16", "fp8", "fp32"]
+SHARD_SIZE = 5_000_000_000
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
+"""Of what a format does not quantise."""
+
+
+def stored_dtype(piece: Piece, dtype: torch.dtype, format: Format | Literal["same"]) -> torch.dtype:
+    """What a tensor that has `dtype` now is stored as."""
+    if piece.keeps_dtype or format == "same":
+        return dtype
+    if format == "fp8" and (piece.in_fp8 or dtype == FP8):
+        return FP8
+    return DTYPES[format]
+
+
+def plan(piece: Piece, dtype: torch.dtype, format: Format | Literal["same"]) -> list[TensorInfo]:
+    """The tensors that `encode` will make of one, before there is any."""
+    infos = [TensorInfo(piece.name, stored_dtype(piece, dtype, format), piece.shape)]
+    if infos[0].dtype == FP8:
+        rows, cols = piece.shape
+        infos.append(TensorInfo(piece.name + SCALE_SUFFIX, torch.float32, scale_shape(rows, cols)))
+    return infos
+
+
+def encode(
+    piece: Piece, tensor: Tensor, scale: Tensor | None, format: Format | Literal["same"]
+) -> Iterator[tuple[str, Tensor]]:
+    """Bring a tensor into `format`, bit for bit where it is in it already. `scale` is that of an FP8 one."""
+    wanted = stored_dtype(piece, tensor.dtype, format)
+    if scale is not None and wanted != FP8:
+        tensor, scale = dequantize_blocks(tensor, scale, wanted), None
+    elif scale is None and wanted == FP8:
+        try:
+            tensor, scale = quantize_blocks(tensor)
+        except UserError as error:
+            raise CheckpointError(f"{piece.name} {error}") from None
+    yield piece.name, tensor.to(wanted)
+    if scale is not None:
+        yield piece.name + SCALE_SUFFIX, scale.float()
+
+
+def write_weights(
+    folder: Path, infos: Sequence[TensorInfo], tensors: Iterator[tuple[str, Tensor]], max_shard_size: int
+) -> None:
+    """Write shards and their index, or one file where one is enough.
+
+    `tensors` yields what `infos` announces, in the same order. max_shard_size is in bytes.
+    """
+    total = sum(info.nbytes for info in infos)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        gigabytes = f"{free / 1e9:.1f} GB free, but the weights take {total / 1e9:.1f} GB"
+        raise CheckpointError(f"{folder.parent} has {gigabytes}: free some, or name a folder on another disk")
+    shards = _split(infos, max_shard_size)
+    if len(shards) == 1:
+        write_shard(folder / SINGLE, shards[0], tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_shard(folder / file, shard, tensors)
+        weight_map |= {info.name: file for info in shard}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _split(infos: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = [[]]
+    size = 0
+    for info in infos:
+        if shards[-1] and size + info.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.nbytes
+    return shards
+
+
+def write_config(
+    folder: Path, values: Mapping[str, Any], dtype: torch.dtype, quantization: Mapping[str, Any] | None
+) -> None:
+    """Write `config.json`, with the dtype of what is not quantised and how the rest is."""
+    values = dict(values)
+    for key in ("dtype", "quantization_config"):  # `dtype` is a newer name of `torch_dtype`
+        values.pop(key, None)
+    values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if quantization is not None:
+        values["quantization_config"] = quantization
+    write_json(folder / CONFIG, values)
+
+
+def write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give an empty folder beside `out` that becomes `out` if all goes well, and vanishes if not.
+
+    `out` may be an existing checkpoint: its config and weights are replaced, its other files (tokenizer,
+    model card) stay. Any other folder with something in it is refused.
+    """
+    out = out.expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file: name a folder to write the checkpoint to")
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise CheckpointError(
+            f"{out} is neither empty nor a checkpoint, so nothing was written: name a new folder"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{state}") for state in ("partial", "old"))
+    new.mkdir()
+    try:
+        yield new
+        if out.exists():
+            os.rename(out, old)
+        os.rename(new, out)
+        if old.exists():
+            _carry_over(old, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Move what is neither config nor weights, and has not been written anew."""
+    for file in old.iterdir():
+        is_weights = file.suffix == ".safetensors" or file.name in (CONFIG, INDEX)
+        if not is_weights and not (new / file.name).exists():
+            os.rename(file, new / file.name)

@@ -1,0 +1,159 @@
+"""`dsv3 inspect`: what a model is made of, what it weighs, and what fits on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from dsv3.cli.units import count, size
+
+if TYPE_CHECKING:  # the module imports torch, which --help does not wait for
+    from dsv3.checkpoint.summary import Pool, Summary
+
+LONG = 131_072  # the context that the technical report extends to, 128K
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="nano, a checkpoint's folder, a config.json, a hub id (weights are not downloaded), or a "
+            "preset: v3-671b, v3-16b, tiny.",
+            metavar="MODEL",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON; sizes in bytes.")] = False,
+) -> None:
+    """Look into a model: parameters by part, memory in each format, cache, what fits on this machine."""
+    from dsv3.checkpoint.summary import memory_pools, summarize
+
+    summary, pools = summarize(model), memory_pools()
+    if as_json:
+        print(json.dumps(_facts(model, summary, pools), indent=2))
+        return
+    gpus = sorted(pools[1:], key=lambda pool: pool.free)  # a model runs on one: the roomiest is of interest
+    weights = _weights(summary, [*pools[:1], *gpus[-1:]])
+    sections = _architecture(model, summary), _parameters(summary), weights, _cache(summary)
+    Console(highlight=False).print(*(Group("", section) for section in sections))
+
+
+def _facts(model: str, summary: Summary, pools: list[Pool]) -> dict[str, Any]:
+    files, per_token = summary.files, summary.cache_per_token()
+    return {
+        "model": model,
+        "config": summary.config.to_dict(),
+        "parameters": {
+            "main": {"total": summary.main.total, "active": summary.main.active},
+            "with_mtp": summary.with_mtp,
+            "in_files": summary.in_files,
+            "parts": [{"name": p.name, "total": p.total, "active": p.active} for p in summary.parts],
+        },
+        "weights": [
+            {"format": w.format, "memory": w.memory, "disk": w.disk, "estimate": w.disk is None}
+            for w in summary.weights
+        ],
+        "cache": {"dtype": "bf16", "per_token": per_token, "at_128k": per_token * LONG},
+        "machine": [
+            {
+                "name": pool.name,
+                "total": pool.total,
+                "free": pool.free,
+                "context": {w.format: summary.context_in(pool, w) for w in summary.weights},
+            }
+            for pool in pools
+        ],
+        "checkpoint": files
+        and {
+            "folder": str(files.folder),
+            "format": files.format,
+            "tensors": files.tensors,
+            "shards": files.shards,
+            "bytes": files.nbytes,
+        },
+    }
+
+
+def _architecture(model: str, summary: Summary) -> Table:
+    c, files, yarn = summary.config, summary.files, summary.config.rope_scaling
+    dense = sum(not c.is_moe_layer(layer) for layer in range(c.num_hidden_layers))
+    query = f"query rank {c.q_lora_rank}" if c.q_lora_rank else "queries not compressed"
+    rows = {
+        "parameters": f"{count(summary.main.total)}, {count(summary.main.active)} of them active per token",
+        "layers": f"{c.num_hidden_layers}, {dense} of them dense; width {c.hidden_size:,}",
+        "attention": f"{c.num_attention_heads} heads of {c.qk_nope_head_dim}+{c.qk_rope_head_dim}, values "
+        f"{c.v_head_dim}; {query}, latent {c.kv_lora_rank}+{c.qk_rope_head_dim}",
+    }
+    if c.n_routed_experts is not None:
+        groups = f" from {c.topk_group} of {c.n_group} groups" if c.limits_groups else ""
+        rows["experts"] = (
+            f"{c.num_experts_per_tok} of {c.n_routed_experts} routed{groups}, {c.n_shared_experts or 0} "
+            f"shared; width {c.moe_intermediate_size:,}, {c.scoring_func}"
+        )
+    rows["context"] = f"{c.max_position_embeddings:,} tokens"
+    if yarn is not None:
+        rows["context"] += f", YaRN x{yarn.factor:g} from {yarn.original_max_position_embeddings:,}"
+    rows["vocabulary"] = f"{c.vocab_size:,} tokens"
+    if files is not None:
+        shards = "1 file" if files.shards == 1 else f"{files.shards} files"
+        rows["checkpoint"] = f"{files.format}, {size(files.nbytes)}, {files.tensors:,} tensors in {shards}"
+        rows["folder"] = str(files.folder)
+    return _grid(model, rows)
+
+
+def _parameters(summary: Summary) -> Table:
+    table = _table("Parameters", "", "total", "active per token")
+    parts = [part for part in summary.parts if part is not summary.mtp]
+    for part in parts:
+        table.add_row(part.name, f"{part.total:,}", f"{part.active:,}", end_section=part is parts[-1])
+    table.add_row("main model", f"{summary.main.total:,}", f"{summary.main.active:,}", style="bold")
+    if summary.mtp is not None:
+        table.add_row(summary.mtp.name, f"{summary.mtp.total:,}", f"{summary.mtp.active:,}")
+        table.add_row("together", f"{summary.with_mtp:,}")
+        table.add_row("as files count them", f"{summary.in_files:,}")
+        table.caption = "Files repeat embedding and head in each MTP module; in memory they are shared."
+    return table
+
+
+def _weights(summary: Summary, pools: list[Pool]) -> Table:
+    columns = [f"in {size(pool.free)} of free {pool.name}" for pool in pools]
+    table = _table("Weights, MTP included", "", "memory", "disk", *columns)
+    for weights in summary.weights:
+        disk = "" if weights.disk is None else size(weights.disk)
+        name = f"{weights.format}{' (estimate)' if weights.disk is None else ''}"
+        rooms = [summary.context_in(pool, weights) for pool in pools]
+        fits = ["does not fit" if room is None else f"fits, {room:,} tokens" for room in rooms]
+        table.add_row(name, size(weights.memory), disk, *fits)
+    table.caption = "dsv3 runs models in fp32 or bf16, whatever they are stored in."
+    return table
+
+
+def _cache(summary: Summary) -> Table:
+    per_token, longest = summary.cache_per_token(), summary.config.max_position_embeddings
+    rows = {"one token": f"{per_token:,} bytes"}
+    if longest > LONG:
+        rows["128K tokens"] = size(LONG * per_token)
+    rows[f"{longest:,} tokens"] = size(longest * per_token)
+    return _grid("Latent cache in bf16", rows)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.box, table.show_edge, table.pad_edge = box.SIMPLE_HEAD, False, False
+    table.caption_justify, table.caption_style = "left", "dim"
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+def _grid(title: str, rows: dict[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.title, grid.title_justify, grid.title_style = title, "left", "bold"
+    for name, value in rows.items():
+        grid.add_row(Text(name, style="dim"), Text(value))
+    return grid

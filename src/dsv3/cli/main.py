@@ -1,0 +1,81 @@
+"""The entry point of `dsv3`: which commands there are, and how they end.
+
+Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted. What a person can mend (`UserError`, or a flag
+that is not one) is one line on standard error; anything else is a defect of dsv3 and keeps its traceback.
+Commands import what they need when they run, so that `dsv3 --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated, cast
+
+import typer
+
+from dsv3.cli.chat import chat
+from dsv3.cli.convert import convert
+from dsv3.cli.inspect import inspect
+from dsv3.errors import UserError
+
+# Typer has changed whose click it uses; its own BadParameter(UsageError(ClickException)) leads to either.
+_ClickError = cast(type[Exception], typer.BadParameter.__mro__[2])
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="MODEL is [bold]nano[/bold], the model that ships; a checkpoint's folder; or a hub id such as "
+    "deepseek-ai/DeepSeek-V3.",
+)
+app.command(epilog="Example: dsv3 chat nano --system 'You are a kind fox.'")(chat)
+app.command(epilog="Example: dsv3 inspect v3-671b")(inspect)
+app.command(epilog="Example: dsv3 convert ./DeepSeek-V3 ./DeepSeek-V3-bf16 --to hf-bf16")(convert)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from dsv3 import __version__
+
+        print(f"dsv3 {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def dsv3(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """DeepSeek-V3, whole: chat with a model, look into it, convert its checkpoint."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line, by default the process's own; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows ? instead
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(None if args is None else list(args), prog_name="dsv3", standalone_mode=False)
+    except UserError as error:
+        print(f"dsv3: {error}", file=sys.stderr)
+        return 1
+    except _ClickError as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "dsv3"
+        message = " ".join(getattr(error, "format_message", error.__str__)().split())
+        print(f"dsv3: {message} (see {path} --help)", file=sys.stderr)
+        return 2
+    except typer.Abort:
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

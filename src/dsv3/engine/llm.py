@@ -1,0 +1,248 @@
+"""`LLM`: text in, text out.
+
+It puts a checkpoint, its tokenizer and an engine together, and speaks the words that vLLM made common:
+
+    llm = LLM("nano")
+    llm.generate(["Once upon a time"], SamplingParams(max_tokens=64, temperature=0.0))[0].text
+    llm.chat([{"role": "user", "content": "Hello"}])[0].text
+    for output in llm.stream("Once upon a time"):
+        print(output.delta, end="")
+
+Prompts given together run together. A stream works while it is being read; reading several at once, or
+generating while one is open, moves them all along, and closing one early frees its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv3.checkpoint.hub import resolve
+from dsv3.checkpoint.pretrained import DeepseekV3
+from dsv3.engine.engine import Engine
+from dsv3.engine.machine import choose_device, choose_dtype
+from dsv3.engine.sampling import SamplingParams, TokenLogprobs
+from dsv3.engine.sequence import FinishReason, Sequence
+from dsv3.errors import UserError
+from dsv3.model import Transformer
+from dsv3.text import Message, Tokenizer
+
+Prompt = str | Seq[int]
+"""A text, or the ids of its tokens."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What came of one prompt; in a stream, what has come so far."""
+
+    prompt: str | None
+    """The prompt's text, a chat's as the template renders it; None where token ids were given."""
+    prompt_token_ids: list[int]
+    text: str
+    """Without special tokens, and up to the stop string if there was one."""
+    token_ids: list[int]
+    """Everything that was generated, the tokens that ended it included."""
+    finish_reason: FinishReason | None
+    """"stop": an end-of-text token or a stop of the request; "length": max_tokens or the context's end;
+    None: not finished yet."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of token_ids, where asked for."""
+    delta: str = field(default="", repr=False)
+    """In a stream, the text that is new; all deltas in a row are the text."""
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of the whole output, where asked for."""
+        return None if self.logprobs is None else sum(token.logprob for token in self.logprobs)
+
+
+class LLM:
+    """A model one can ask.
+
+    default_params are what a request without params gets: SamplingParams' own, and over them those of the
+    checkpoint's `generation_config.json`, if it has one.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Transformer = "nano",
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 8,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        """model: "nano", a checkpoint folder, a hub id, or a Transformer already in place with its tokenizer.
+
+        dtype "auto" is bfloat16 where the hardware multiplies it, else float32; device "auto" is the GPU if
+        there is one. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit.
+        """
+        self.default_params = SamplingParams()
+        if not isinstance(model, Transformer):
+            folder = resolve(model)
+            place = choose_device(device)
+            tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
+            self.default_params = read_generation_config(folder)
+            model = DeepseekV3.from_pretrained(folder, choose_dtype(dtype, place), place, progress)
+        elif tokenizer is None:
+            raise UserError("tokenizer is None: a model that is not a checkpoint folder needs one given")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.engine = Engine(
+            model,
+            tokenizer,
+            end_ids=tokenizer.eos_token_ids,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            seed=seed,
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest prompt and output together, in tokens."""
+        return self.engine.max_model_len
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or several, with the same params or one each; outputs in the prompts' order."""
+        together: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
+        return self._run([self._encode(prompt) for prompt in together], sampling_params)
+
+    def chat(
+        self,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several at once; outputs in their order."""
+        one = all(isinstance(message, Mapping) for message in messages)
+        conversations: list[Any] = [messages] if one else list(messages)
+        return self._run([self._encode_chat(conversation) for conversation in conversations], sampling_params)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Continue a prompt, giving each new piece of text as it comes; the last output has a finish_reason.
+
+        What is wrong with the request is raised here, not at the first piece.
+        """
+        return self._follow(*self._encode(prompt), sampling_params)
+
+    def stream_chat(
+        self, messages: Seq[Message], sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Answer a conversation as a stream; see `stream`."""
+        return self._follow(*self._encode_chat(messages), sampling_params)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_token_id
+            return prompt, ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        if not _all_ints(prompt):
+            raise UserError(f"a prompt is {prompt!r}: it must be a text or a list of token ids")
+        return None, list(prompt)
+
+    def _encode_chat(self, messages: Seq[Message]) -> tuple[str, list[int]]:
+        return self.tokenizer.render_chat(messages), self.tokenizer.encode_chat(messages)
+
+    def _run(
+        self, prompts: list[tuple[str | None, list[int]]], params: SamplingParams | Seq[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or self.default_params] * len(prompts)
+        else:
+            each = list(params)
+        if len(each) != len(prompts):
+            raise UserError(
+                f"there are {len(each)} sampling_params for {len(prompts)} prompts: give one, or one each"
+            )
+        # All are checked before the first is added: a wrong one costs nobody anything.
+        sequences = [self.engine.sequence(ids, p) for (_, ids), p in zip(prompts, each, strict=True)]
+        try:
+            for sequence in sequences:
+                self.engine.add(sequence)
+            for sequence in sequences:
+                while not sequence.finished:
+                    self.engine.step()
+        finally:
+            for sequence in sequences:
+                self.engine.abort(sequence)
+        return [_output(text, sequence) for (text, _), sequence in zip(prompts, sequences, strict=True)]
+
+    def _follow(
+        self, text: str | None, prompt_ids: list[int], params: SamplingParams | None
+    ) -> Generator[RequestOutput, None, None]:
+        sequence = self.engine.sequence(prompt_ids, params or self.default_params)
+
+        def pieces() -> Generator[RequestOutput, None, None]:
+            shown = 0
+            self.engine.add(sequence)
+            try:
+                while True:
+                    if not sequence.finished and len(sequence.output.text) == shown:
+                        self.engine.step()
+                    output = _output(text, sequence, shown)
+                    shown = len(output.text)
+                    if output.delta or sequence.finished:
+                        yield output
+                    if output.finish_reason is not None:
+                        return
+            finally:
+                self.engine.abort(sequence)
+
+        return pieces()
+
+
+def _output(prompt: str | None, sequence: Sequence, shown: int = 0) -> RequestOutput:
+    return RequestOutput(
+        prompt=prompt,
+        prompt_token_ids=sequence.prompt_ids,
+        text=sequence.output.text,
+        token_ids=sequence.output_ids,
+        finish_reason=sequence.finish_reason,
+        logprobs=None if sequence.params.logprobs is None else list(sequence.logprobs),
+        delta=sequence.output.text[shown:],
+    )
+
+
+def read_generation_config(folder: Path) -> SamplingParams:
+    """The default params of a checkpoint, from its `generation_config.json` if it has one.
+
+    Like vLLM, we take the numbers and leave `do_sample` aside. Raises UserError if the file is broken.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SamplingParams()
+    try:
+        values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        found = {name: values.get(key) for name, key in _GENERATION_KEYS.items()}
+        return SamplingParams(**{name: value for name, value in found.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a generation config ({error}): mend it or remove it") from None
+
+
+_GENERATION_KEYS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_tokens": "max_new_tokens",
+}
+
+
+def _is_one(prompt: object) -> bool:
+    return isinstance(prompt, str) or _all_ints(prompt)
+
+
+def _all_ints(prompt: object) -> bool:
+    return isinstance(prompt, Seq) and bool(prompt) and all(type(token_id) is int for token_id in prompt)

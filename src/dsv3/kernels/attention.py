@@ -1,0 +1,49 @@
+"""Attention over keys and values, and over the latents they come from.
+
+Latent attention (MLA) can be computed in two ways that give the same numbers:
+
+- plain: expand every latent into a key and a value for each head, then attend as usual. Expansion costs
+  `kv_lora_rank * heads * (nope + v)` per context token, but each pair of tokens then costs only
+  `heads * (qk + v)`: right for training and for long prompts.
+- absorbed: fold the expansion into the query and the output, so that all heads share one key (the latent
+  with the rotary part) and one value (the latent): multi-query attention straight from the cache. No
+  expansion, but each pair costs `heads * (2 * rank + rope)`: right when few tokens meet a long context,
+  which is what decoding is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention in which token i sees tokens 0..i, or what `mask` allows instead.
+
+    q, k: [batch, heads, seq, qk_dim]; v: [batch, heads, seq, v_dim]; mask: bool, broadcastable to
+    [batch, heads, seq, seq], True where a query may look. Returns [batch, heads, seq, v_dim].
+    """
+    narrow = v.shape[-1]
+    if q.device.type == "cpu" and narrow != q.shape[-1]:
+        # The CPU's flash kernel takes one head size only; without it the scores are materialised (14x slower).
+        width = max(narrow, q.shape[-1])
+        q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out[..., :narrow]
+
+
+def latent_attention(q: Tensor, latents: Tensor, rank: int, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Attention of all heads over one shared row of latents per context token (absorbed form).
+
+    q: [batch, rows, latent_dim], where rows are heads, or heads of several tokens; latents:
+    [batch, context, latent_dim], whose first `rank` numbers are also the values; mask: bool,
+    [batch, rows or 1, context], True where a row may look. Returns [batch, rows, rank].
+    """
+    kv = latents[:, None]
+    # The values are the keys without their rotary tail; asking for the tail as well keeps one head size,
+    # and with it the flash kernel, for the price of a few columns.
+    out = F.scaled_dot_product_attention(
+        q[:, None], kv, kv, attn_mask=None if mask is None else mask[:, None], scale=scale
+    )
+    return out[:, 0, :, :rank]

@@ -1,0 +1,127 @@
+"""Routed experts: every token through the few experts chosen for it.
+
+All experts' weights lie in two tensors, `gate_up [experts, 2 * width, hidden]` and
+`down [experts, hidden, width]`. Tokens are sorted by expert so that each expert multiplies one dense block,
+then returned to their places and added up with their gates; no token is dropped and nothing is padded.
+
+Three ways to the same numbers, chosen by what is given:
+- few rows (decoding): one matrix-vector product per chosen expert, no sorting;
+- a loop over the experts that were chosen (CPU);
+- `grouped_mm`, one launch for all experts without reading the counts back to the host (CUDA).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows per expert are rounded up to a multiple of this on the CPU. oneDNN generates code for each new shape,
+# which takes longer than multiplying a few hundred rows; rounding makes shapes recur.
+_ROUND = 64
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """SiLU(gate) * up, where `gate_up` [..., 2 * width] holds both halves. Returns [..., width]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Sum over each token's chosen experts of weight * down(SiLU(gate x) * up x).
+
+    x: [tokens, hidden]; indices: [tokens, chosen] int64; weights: [tokens, chosen]; gate_up:
+    [experts, 2 * width, hidden]; down: [experts, hidden, width]. Returns [tokens, hidden] in x's dtype.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return _grouped(x, indices, weights, gate_up, down)
+    if x.shape[0] == 1 and not torch.is_grad_enabled():
+        return _one_token(x, indices, weights, gate_up, down)
+    return _loop(x, indices, weights, gate_up, down)
+
+
+def _one_token(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    chosen: list[int] = indices[0].tolist()
+    hidden = swiglu(torch.cat([F.linear(x, gate_up[e]) for e in chosen]))
+    out = torch.cat([F.linear(row, down[e]) for e, row in zip(chosen, hidden.split(1), strict=True)])
+    return weights.to(x.dtype) @ out
+
+
+def _loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    order, counts = _by_expert(indices, gate_up.shape[0])
+    starts = counts.cumsum(0) - counts
+    padded = (counts + _ROUND - 1) // _ROUND * _ROUND
+    shift = padded.cumsum(0) - padded - starts
+    sizes: list[int] = padded.tolist()
+    # Where the j-th choice (in expert order) stands in the padded rows, and which token each row holds.
+    place = torch.arange(order.numel(), device=x.device) + shift.repeat_interleave(counts)
+    token = order.new_zeros(sum(sizes)).index_copy_(0, place, order // indices.shape[1])
+    back = torch.empty_like(order).index_copy_(0, order, place)
+
+    rows = _Dispatch.apply(x, token, back).split(sizes)  # type: ignore[no-untyped-call]
+    # unbind and split, not indexing: their backward writes each gradient once instead of a padded copy per slice.
+    out = torch.cat(
+        [
+            F.linear(swiglu(F.linear(row, w_in)), w_out)
+            for row, w_in, w_out, size in zip(rows, gate_up.unbind(), down.unbind(), sizes, strict=True)
+            if size
+        ]
+    )
+    per_token: Tensor = _Collect.apply(out, back)  # type: ignore[no-untyped-call]
+    return _weighted(per_token, weights)
+
+
+def _grouped(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    order, counts = _by_expert(indices, gate_up.shape[0])
+    ends = counts.cumsum(0).to(torch.int32)
+    rows = x[order // indices.shape[1]]
+    hidden = swiglu(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+    out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+    back = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
+    return _weighted(out[back], weights)
+
+
+def _by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Order [tokens * chosen] of the flat choices by expert, and how many each expert has [experts]."""
+    flat = indices.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=experts)
+
+
+def _weighted(per_choice: Tensor, weights: Tensor) -> Tensor:
+    """Outputs [tokens * chosen, hidden] times weights [tokens, chosen], added up per token."""
+    per_token = per_choice.view(*weights.shape, -1)
+    return (weights.to(per_token.dtype).unsqueeze(1) @ per_token).squeeze(1)
+
+
+class _Dispatch(torch.autograd.Function):
+    """rows = x[token]. A gather whose backward is a gather too: each token's rows are known, none collide."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.tokens = x.shape[0]
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, back)
+        return grad.view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """per_choice = rows[back]; padding rows are read by nobody, so their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.rows = rows.shape[0]
+        return rows.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (back,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad.new_zeros(ctx.rows, grad.shape[-1]).index_copy_(0, back, grad), None

@@ -1,0 +1,186 @@
+"""The whole network: embedding, blocks, head, and the multi-token prediction modules after it.
+
+Multi-token prediction (report, section 2.2, equations 21-23): module k predicts token i + k + 1 from the
+representation that module k - 1 (the main model, for k = 1) has at position i, and from the embedding of
+token i + k, which by then is known:
+
+    h'_i = W [norm(Emb(t_{i+k})) ; norm(h_i)]      h = Block(h')      P(t_{i+k+1}) = Head(norm(h_i))
+
+Embedding and head are the main model's own. Two things the report leaves open are settled as the released
+weights have them: the embedding is the first half of what `eh_proj` reads, and `h` is what the head reads,
+that is, after the final norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.config import ModelConfig
+from dsv3.model.attention import FlatBatch, LatentAttention
+from dsv3.model.layers import FeedForward, RMSNorm
+from dsv3.model.moe import Experts, Gate, MoE, Routing
+from dsv3.model.rope import Rope
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass over whole sequences gives."""
+
+    logits: Tensor
+    """[batch, seq, vocab]: at position i, for token i + 1."""
+    mtp_logits: tuple[Tensor, ...]
+    """For module k = 1, 2, ...: [batch, seq - k, vocab]; at position i, for token i + k + 1."""
+    hidden_states: Tensor
+    """[batch, seq, hidden]: what the head reads."""
+
+
+class Block(nn.Module):
+    """Attention, then experts (or one dense feed-forward), each on the normed stream and added back to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | FeedForward
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config, layer)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        batch: FlatBatch | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, angles, mask, batch)
+        normed = self.post_attention_layernorm(x)
+        update: Tensor = self.mlp(normed, routing) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        return x + update
+
+
+class MTPModule(nn.Module):
+    """One multi-token prediction module: two norms, a projection, a block, and the norm before the shared head."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = Block(config, layer)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        rope: Rope,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        batch: FlatBatch | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Tensor:
+        """embedded: the next tokens' embeddings, hidden: the representations so far, both [..., hidden]."""
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        out: Tensor = self.norm(self.block(x, rope, angles, mask, batch, routing))
+        return out
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V3 (and its relatives) of any size, with random weights until they are loaded or initialised."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        first = config.num_hidden_layers
+        self.mtp = nn.ModuleList(
+            MTPModule(config, layer) for layer in range(first, first + config.num_nextn_predict_layers)
+        )
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal(0, `initializer_range`) for every matrix (report, section 4.2); norms one, biases zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | Gate):
+                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+                if isinstance(module, Gate) and module.e_score_correction_bias is not None:
+                    module.e_score_correction_bias.zero_()
+            elif isinstance(module, Experts):
+                module.gate_up_proj.normal_(0.0, self.config.initializer_range, generator=generator)
+                module.down_proj.normal_(0.0, self.config.initializer_range, generator=generator)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        routing: list[Routing] | None = None,
+    ) -> ModelOutput:
+        """Logits of whole sequences; `features` says what the arguments are."""
+        hidden, mtp_hidden = self.features(input_ids, positions, mask, routing)
+        logits: Tensor = self.lm_head(hidden)
+        return ModelOutput(logits, tuple(self.lm_head(h) for h in mtp_hidden), hidden)
+
+    def features(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        routing: list[Routing] | None = None,
+        mtp: bool = True,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Everything below the head, so that training can apply the head and the loss in pieces.
+
+        input_ids: [batch, seq] int64; positions: [seq] or [batch, seq], by default 0, 1, ...; mask: bool
+        [batch, 1, seq, seq], True where a query may look, by default causal; routing: a list to which each
+        MoE layer appends what its gate decided; mtp: whether to run the MTP modules. Returns hidden
+        [batch, seq, hidden] and, for MTP module k, [batch, seq - k, hidden].
+        """
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        angles = self.rope(positions)
+        embedded = self.embed_tokens(input_ids)
+        hidden = embedded
+        for block in self.layers:
+            hidden = block(hidden, self.rope, angles, mask, routing=routing)
+        hidden = self.norm(hidden)
+
+        previous, mtp_hidden = hidden, []
+        for k, module in enumerate(self.mtp if mtp else (), start=1):
+            if input_ids.shape[1] <= k:
+                break
+            near = (angles[0][..., :-k, :], angles[1][..., :-k, :])
+            near_mask = None if mask is None else mask[..., :-k, :-k]
+            previous = module(embedded[:, k:], previous[:, :-1], self.rope, near, near_mask, routing=routing)
+            mtp_hidden.append(previous)
+        return hidden, mtp_hidden
+
+    def forward_flat(self, input_ids: Tensor, batch: FlatBatch) -> Tensor:
+        """New tokens of several sequences against their cache: input_ids [tokens], returns hidden [tokens, hidden].
+
+        Apply `lm_head` to the rows that are wanted; most prompt tokens' are not.
+        """
+        angles = self.rope(batch.positions)
+        hidden = self.embed_tokens(input_ids)
+        for block in self.layers:
+            hidden = block(hidden, self.rope, angles, batch=batch)
+        normed: Tensor = self.norm(hidden)
+        return normed

@@ -1,0 +1,240 @@
+"""The tokenizer of a checkpoint: text to ids and back, exactly as the model was trained.
+
+DeepSeek's vocabulary is a byte-level BPE: text is cut by a pattern into words, numbers and spaces, each piece
+is taken as UTF-8 bytes, and pairs are merged in the order learned. No text is unknown to it, since every byte
+is a token. The work is done by the `tokenizers` library from the checkpoint's `tokenizer.json`, or from
+`tiktoken.model` where a checkpoint ships only that (`dsv3.text.tiktoken`); this module adds what lies beside
+those files: which ids begin and end a text, the chat format, and decoding as a stream.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders
+
+from dsv3.errors import CheckpointError, UserError
+from dsv3.text.chat import DEEPSEEK_TEMPLATE, Message, check_messages, render, shield
+from dsv3.text.stream import StreamDecoder
+from dsv3.text.tiktoken import BYTES_OF, load_tiktoken
+
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Tokenizer:
+    """A byte-level BPE with its special tokens and chat template."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        eos_token_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        """special_tokens: the text of `bos_token`, `eos_token`, `pad_token`, `unk_token`, those there are;
+        eos_token_ids: ids that end a text besides `eos_token`'s."""
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            kind = type(backend.decoder).__name__
+            raise CheckpointError(f"the tokenizer decodes with {kind}: dsv3 reads byte-level BPE tokenizers")
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_template = chat_template
+        for name, token in self.special_tokens.items():
+            if backend.token_to_id(token) is None:
+                raise CheckpointError(f"the vocabulary lacks {name} {token!r}: correct tokenizer_config.json")
+        own = [] if self.eos_token_id is None else [self.eos_token_id]
+        self.eos_token_ids = tuple(dict.fromkeys([*own, *eos_token_ids]))
+        """Every id that ends a text: the tokenizer's own first, then the model's."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+        """Read the tokenizer files of a checkpoint; raises CheckpointError if they are missing or broken."""
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        if (path := folder / "tokenizer.json").exists():
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises nothing narrower
+                raise CheckpointError(f"{path} is broken ({error}): download it again") from None
+        elif (path := folder / "tiktoken.model").exists():
+            backend = load_tiktoken(path, config.get("added_tokens_decoder") or {})
+        else:
+            raise CheckpointError(f"{folder} has neither tokenizer.json nor tiktoken.model: copy one there")
+
+        # Older folders name the ids in the model's config alone.
+        models = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
+        ids = {name: [i for model in models for i in _ids(model.get(f"{name}_id"))] for name in _NAMED}
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if name not in config and name not in special_tokens and ids[name]:
+                token = backend.id_to_token(ids[name][0])
+                if token is not None:
+                    special_tokens[name] = token
+        return cls(backend, special_tokens, ids["eos_token"], _chat_template(folder, config))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows, special ones included; models often have room for more."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._special_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._special_id("pad_token")
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    # Text ----------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_bos: bool = False, allow_special: bool = True) -> list[int]:
+        """The ids of a text. With `allow_special=False`, `<｜User｜>` and its like are ordinary characters.
+
+        add_bos: put the id that begins a text in front, if the tokenizer has one.
+        """
+        backend = self.backend if allow_special else self._plain
+        try:
+            ids = backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            if not isinstance(text, str):
+                raise
+            raise UserError("the text is not valid Unicode: it holds half a surrogate pair") from None
+        return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids; bytes that are no character give U+FFFD, ids that are no token give nothing."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder that takes ids one at a time and gives whole characters."""
+        skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+        return StreamDecoder(lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that an id stands for: part of a character, several, or a special token's name."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(BYTES_OF[c] for c in token)
+        except KeyError:  # an added token is kept as it is written, not in the byte alphabet
+            return token.encode()
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same BPE without any added token; the model is shared, not copied."""
+        plain = tokenizers.Tokenizer(self.backend.model)
+        if self.backend.normalizer is not None:
+            plain.normalizer = self.backend.normalizer
+        if self.backend.pre_tokenizer is not None:
+            plain.pre_tokenizer = self.backend.pre_tokenizer
+        return plain
+
+    # Chat ----------------------------------------------------------------------------------------------
+
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> str:
+        """The text of a chat in the checkpoint's own format, else in DeepSeek-V3's.
+
+        template_kwargs go to the checkpoint's template (`thinking=True`, `tools=[...]`). The text is for
+        reading: special tokens that a message spells out look real in it; `encode_chat` tells them apart.
+        Raises UserError if a message is malformed or the template refuses it.
+        """
+        check_messages(messages)
+        if self.chat_template is None and self.backend.token_to_id("<｜User｜>") is None:
+            raise UserError(
+                "this checkpoint has no chat template, and its vocabulary lacks '<｜User｜>' of DeepSeek's: "
+                "it can continue text, not chat"
+            )
+        variables = {"tools": None, "documents": None, **self.special_tokens, **template_kwargs}
+        variables["add_generation_prompt"] = add_generation_prompt
+        return render(self.chat_template or DEEPSEEK_TEMPLATE, messages, variables)
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> list[int]:
+        """The ids of a chat. Only the template writes control tokens: those in messages stay plain text."""
+        check_messages(messages)
+        shielded, marker = shield(messages, self._control)
+        text = self.render_chat(shielded, add_generation_prompt, **template_kwargs)
+        if marker not in text:
+            return self.encode(text)
+        ids: list[int] = []
+        # Split by a group, pieces alternate: text, control token, text, ... Added tokens part the words
+        # around them, so encoding the pieces one by one gives the ids of the whole.
+        for i, piece in enumerate(self._control.split(text)):
+            ids += self.encode(piece.replace(marker, ""), allow_special=bool(i % 2))
+        return ids
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Matches every added token that is markup: flagged special, or in brackets as `<think>` is."""
+        added = [token for token in self.backend.get_added_tokens_decoder().values() if token.content]
+        markup = [t.content for t in added if t.special or re.fullmatch(r"<.+>|\[.+\]|◁.+▷", t.content)]
+        longest_first = sorted(markup, key=len, reverse=True)
+        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An optional JSON object: empty if there is no such file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
+    """The text of each named token from the first file that has it: a string, or an object with `content`."""
+    found: dict[str, str] = {}
+    for config in configs:
+        for name in _NAMED:
+            value = config.get(name)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                found.setdefault(name, text)
+    return found
+
+
+def _ids(value: Any) -> list[int]:
+    """`eos_token_id` and its like: one id, several, or none."""
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The template's own file, else the config's: a string, or a list of named ones, of which `default`."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+        if template is None:
+            raise CheckpointError(f"{folder}: of the chat templates {list(named)} none is named 'default'")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{folder}: chat_template in tokenizer_config.json is no string and no list")
+    return template

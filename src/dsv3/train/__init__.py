@@ -1,0 +1,1 @@
+"""Training. For now one program, `dsv3.train.nano`, over the pieces that every stage shares."""

@@ -1,0 +1,194 @@
+"""Names of models, and downloads from a hub that runs in the test: the client is huggingface_hub itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlparse
+
+import pytest
+
+import dsv3
+from dsv3.checkpoint import resolve
+from dsv3.errors import CheckpointError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WANTED = {
+    "config.json": b'{"model_type": "deepseek_v3"}',
+    "model-00001-of-000002.safetensors": b"one",
+    "model-00002-of-000002.safetensors": b"two",
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "LICENSE": b"MIT",
+}
+UNWANTED = {
+    "pytorch_model.bin": b"pickle",
+    "modeling_deepseek.py": b"import os",
+    "original/consolidated.safetensors": b"twice",
+    "figures/benchmark.png": b"png",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as a snapshot needs, for one public and one gated model."""
+
+    requested: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        files = WANTED | UNWANTED
+        if path.startswith("/api/models/org/gated/"):
+            self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/org/model/revision/"):
+            if path.endswith(("/main", "/v1", COMMIT)):
+                self.answer(200, json.dumps({"id": "org/model", "sha": COMMIT, "siblings": []}).encode())
+            else:
+                self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif path.startswith("/api/models/org/model/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            self.answer(200, json.dumps(tree).encode())
+        elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
+            name = path.split(f"{COMMIT}/")[1]
+            self.requested.append(name)
+            digest = hashlib.sha1(files[name]).hexdigest()
+            self.answer(200, files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        always = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
+        for name, value in (always | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    Hub.requested = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+SCRIPT = """
+import sys
+from dsv3.checkpoint.hub import resolve
+from dsv3.errors import CheckpointError
+for model in sys.argv[1:]:
+    try:
+        print(resolve(model))
+    except CheckpointError as error:
+        print("refused:", error)
+"""
+
+
+def resolve_at(endpoint: str, cache: Path, *models: str, **variables: str) -> list[str]:
+    """`resolve` in a process of its own: the client reads its settings once, when it is imported."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    environment = inherited | settings | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
+    command = [sys.executable, "-c", SCRIPT, *models]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    answers = result.stdout.splitlines()
+    assert len(answers) == len(models), f"not one line for each: {answers}"
+    return answers
+
+
+def test_a_hub_id_downloads_what_a_model_needs_and_then_works_offline(hub: str, tmp_path: Path) -> None:
+    (name,) = resolve_at(hub, tmp_path, "org/model")
+    assert {file.name: file.read_bytes() for file in Path(name).iterdir()} == WANTED
+    assert not set(Hub.requested) & UNWANTED.keys(), "code and pickles must not even be asked for"
+    again, unknown = resolve_at(hub, tmp_path, "org/model", "org/other", HF_HUB_OFFLINE="1")
+    assert again == name
+    assert unknown.startswith("refused: org/other is not a folder here") and "cannot be reached" in unknown
+
+
+def test_revisions_and_what_the_hub_refuses(hub: str, tmp_path: Path) -> None:
+    answers = resolve_at(hub, tmp_path, "org/model@v1", "org/model@v9", "org/gated", "org/nothing")
+    assert answers[0].endswith(COMMIT)
+    assert answers[1] == "refused: org/model has no revision 'v9' on the hub"
+    assert answers[2].startswith(
+        "refused: org/gated is gated: accept its terms at https://huggingface.co/org/gated"
+    )
+    assert answers[3].startswith("refused: org/nothing is neither a folder here nor a model on the hub")
+
+
+def test_without_a_network_one_line_says_so(tmp_path: Path) -> None:
+    (answer,) = resolve_at("http://127.0.0.1:9", tmp_path, "org/model")
+    assert answer.startswith("refused: org/model is not a folder here") and "cannot be reached" in answer
+
+
+# Names that need no hub ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> str:
+        raise AssertionError("the hub was asked for a local name")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", forbidden)
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_nano_is_the_model_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("nano") == Path(dsv3.__file__).parent / "assets" / "nano"
+    assert resolve("./nano") == Path("nano")
+
+
+@pytest.mark.usefixtures("_no_hub")
+def test_a_local_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("org/model") == Path("org/model")
+    assert resolve("~/org/model") == tmp_path / "org" / "model"
+    assert resolve(Path("other/model")) == Path("other/model")  # a Path is local, there or not
+
+
+@pytest.mark.usefixtures("_no_hub")
+@pytest.mark.parametrize("model", ["./run/last", "/data/model", "~/model", "a/b/c", "deepseek", "../model"])
+def test_a_path_that_does_not_exist_says_so(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"does not exist: give a checkpoint's folder, a hub id .* or nano"
+    ):
+        resolve(model)
+
+
+def test_a_download_that_breaks_off_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> str:
+        raise ConnectionError("peer closed connection\nwhile reading")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(
+        CheckpointError, match=r"^org/model could not .*peer closed connection\): run it again to resume$"
+    ):
+        resolve("org/model")

@@ -1,0 +1,136 @@
+"""What `dsv3 inspect` counts, held to the model, to what lies on disk, and to DeepSeek's own numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.checkpoint.pretrained import DeepseekV3
+from dsv3.checkpoint.summary import Pool, Summary, Weights, memory_pools, summarize
+from dsv3.config import PRESETS
+from dsv3.errors import CheckpointError, UserError
+from dsv3.model import Transformer
+
+TINY = PRESETS["tiny"]
+V2_LIKE = TINY.replace(
+    q_lora_rank=None,
+    topk_method="greedy",
+    scoring_func="softmax",
+    n_shared_experts=2,
+    num_nextn_predict_layers=0,
+)
+DENSE = TINY.replace(n_routed_experts=None, tie_word_embeddings=True)
+
+
+def test_v3_has_deepseeks_own_numbers() -> None:
+    v3 = summarize("v3-671b")
+    assert v3.main.total == 671_026_419_200
+    assert v3.in_files == 684_489_845_504
+    assert v3.main.active == 37_552_297_472  # "37B" in the report
+    assert v3.cache_per_token() == 70_272
+    assert {part.name: part.active for part in v3.parts}["routed experts"] == 58 * 8 * 3 * 7168 * 2048
+    fp8 = next(weights for weights in v3.weights if weights.format == "fp8")
+    assert fp8.disk == pytest.approx(688.6e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [TINY, V2_LIKE, DENSE, TINY.replace(num_nextn_predict_layers=2)])
+def test_every_parameter_of_the_model_is_counted_once(config) -> None:  # type: ignore[no-untyped-def]
+    with torch.device("meta"):
+        model = Transformer(config)
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in model.parameters()}
+    biases = sum(buffer.numel() for buffer in model.buffers())
+    assert Summary(config).with_mtp == sum(t.numel() for t in tensors.values()) + biases
+
+
+@pytest.mark.parametrize("config", [TINY, V2_LIKE])
+def test_active_parameters_are_those_that_a_token_touches(config) -> None:  # type: ignore[no-untyped-def]
+    """Run one token: the routed experts whose weights get a gradient are the chosen ones, in each layer."""
+    model = Transformer(config.replace(num_nextn_predict_layers=0))
+    model.init_weights(torch.Generator().manual_seed(0))
+    model(torch.tensor([[3]])).logits.sum().backward()
+    touched = 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        if ".experts." in name:
+            touched += int((parameter.grad.flatten(1).abs().sum(1) > 0).sum()) * parameter[0].numel()
+        else:
+            touched += parameter.numel()
+    touched += sum(buffer.numel() for buffer in model.buffers())
+    assert Summary(config).main.active == touched
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("config", [TINY, V2_LIKE, DENSE])
+def test_disk_is_what_saving_takes(format, config, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = DeepseekV3(config)
+    model.init_weights()
+    model.save_pretrained(tmp_path / "model", format)
+    summary = summarize(str(tmp_path / "model"))
+    assert summary.files is not None
+    weights = next(weights for weights in summary.weights if weights.format == format)
+    assert summary.files.nbytes == weights.disk
+    file = tmp_path / "model" / "model.safetensors"
+    assert 0 < file.stat().st_size - summary.files.nbytes < 64_000, "the header is all that comes on top"
+    assert format.replace("fp8", "float8_e4m3fn").replace("bf16", "bfloat16").replace("fp32", "float32") in (
+        summary.files.format
+    )
+
+
+def test_estimates_are_between_their_bits_and_bf16() -> None:
+    sizes = {weights.format: weights.memory for weights in summarize("v3-671b").weights}
+    assert sizes["fp32"] > sizes["bf16"] > sizes["int8"] > sizes["fp8"] > sizes["int4"] > 671e9 / 2
+
+
+def test_what_fits_is_the_context_beside_the_weights() -> None:
+    summary = Summary(TINY)  # 144 bytes of bf16 cache per token, at most 512 tokens
+    weights = Weights("bf16", 1000, None)
+    assert summary.context_in(Pool("RAM", 9999, 999), weights) is None
+    assert summary.context_in(Pool("RAM", 9999, 1000), weights) == 0
+    assert summary.context_in(Pool("RAM", 9999, 1000 + 144 * 7), weights) == 7
+    assert summary.context_in(Pool("RAM", 9999, 1000 + 144 * 7), Weights("fp32", 1000, None)) == 3
+    assert summary.context_in(Pool("RAM", 10**9, 10**9), weights) == 512
+
+
+def test_this_machine_has_memory() -> None:
+    ram = memory_pools()[0]
+    assert ram.name == "RAM" and 0 < ram.free <= ram.total
+
+
+def test_whatever_names_a_model(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY.to_dict()))
+    for name in ("tiny", str(config), str(tmp_path)):
+        summary = summarize(name)
+        assert summary.main == Summary(TINY).main and summary.files is None
+    for name in ("no-such-model", str(tmp_path / "config.jsn"), str(tmp_path / "no" / "config.json")):
+        with pytest.raises(UserError):
+            summarize(name)
+
+
+def test_a_folder_with_broken_weights_is_not_a_model_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="cut off"):
+        summarize(str(tmp_path))
+
+
+def test_a_hub_model_is_looked_at_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The download gets a filter that lets no weights through; the index names shards that are not there."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}')
+    asked = {}
+
+    def snapshot_download(repo: str, **kwargs: object) -> str:
+        asked.update(kwargs, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    summary = summarize("some/model@main")
+    assert summary.main == Summary(TINY).main and summary.files is None
+    assert (asked["repo"], asked["revision"]) == ("some/model", "main")
+    assert "*.safetensors" in asked["ignore_patterns"]

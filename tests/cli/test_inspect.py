@@ -1,0 +1,80 @@
+"""`dsv3 inspect`: numbers where they belong, in 80 columns and in JSON. test_summary checks what they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dsv3.cli.main import main
+from dsv3.cli.units import count, size
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_v3_in_a_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["inspect", "v3-671b"]) == 0
+    out = capsys.readouterr().out
+    for row in (
+        r"parameters +671\.0B, 37\.6B of them active per token",
+        r"attention +128 heads of 128\+64, values 128; query rank 1536, latent 512\+64",
+        r"experts +8 of 256 routed from 4 of 8 groups, 1 shared; width 2,048, sigmoid",
+        r"context +163,840 tokens, YaRN x40 from 4,096",
+        r"routed experts +653,908,770,816 +20,434,649,088",
+        r"main model +671,026,419,200 +37,552,297,472",
+        r"as files count them +684,489,845,504",
+        r"fp8 +684\.9 GB +688\.6 GB",
+        r"int4 \(estimate\) +355\.1 GB",
+        r"one token +70,272 bytes",
+        r"128K tokens +9\.2 GB",
+    ):
+        assert re.search(row, out), f"{row!r} is not in\n{out}"
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "v3-671b", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"]["main"] == {"total": 671_026_419_200, "active": 37_552_297_472}
+    assert sum(part["total"] for part in facts["parameters"]["parts"]) == facts["parameters"]["with_mtp"]
+    assert facts["cache"] == {"dtype": "bf16", "per_token": 70_272, "at_128k": 70_272 * 131_072}
+    assert [w["format"] for w in facts["weights"] if w["estimate"]] == ["int8", "int4"]
+    assert facts["machine"][0]["name"] == "RAM" and facts["checkpoint"] is None
+    assert facts["config"]["num_hidden_layers"] == 61
+
+
+def test_a_checkpoint_tells_what_lies_on_disk(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"checkpoint +bfloat16 \+ float32, [\d.]+ kB, 135 tensors in 1 file", out), out
+    assert re.search(r"bf16 .*fits, 512 tokens", out), out
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"]["tensors"] == 135
+
+
+def test_of_several_gpus_the_roomiest_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    free = {0: 10**9, 1: 80 * 10**9}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda i: (free[i], 90 * 10**9))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: "NVIDIA H100")
+    assert main(["inspect", "v3-16b"]) == 0
+    out = capsys.readouterr().out
+    assert "80.0 GB of free" in out and "GPU 1" in out and "GPU 0" not in out
+    assert re.search(r"fp32 .*fits, 4,096 tokens", out), out
+    assert max(map(len, out.splitlines())) <= 80
+    assert main(["inspect", "v3-16b", "--json"]) == 0
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert [pool["name"] for pool in machine] == ["RAM", "GPU 0 (NVIDIA H100)", "GPU 1 (NVIDIA H100)"]
+    assert machine[1]["context"]["fp32"] is None and machine[2]["context"]["fp32"] == 4096
+
+
+def test_units() -> None:
+    assert [count(n) for n in (59_496, 13_197_776, 671_026_419_200)] == ["59,496", "13.2M", "671.0B"]
+    assert [size(n) for n in (999, 1000, 3.2e6, 1.36e12)] == ["999 bytes", "1.0 kB", "3.2 MB", "1,360.0 GB"]

@@ -1,0 +1,287 @@
+"""`LLM` from a checkpoint folder: text in, text out, streams, stops, defaults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3 import LLM, DeepseekV3, SamplingParams
+from dsv3.config import PRESETS
+from dsv3.engine.llm import read_generation_config
+from dsv3.errors import CheckpointError, UserError
+from tests.text import toy
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+HOT = SamplingParams(temperature=2.0, max_tokens=24, seed=5)
+PROMPTS = [
+    "Once upon a time",
+    "The fox",
+    "从前有一只小狐狸",
+    "good morning, how are you? I'm well, thank you",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a random model that speaks the toy tokenizer's language."""
+    config = PRESETS["tiny"].replace(vocab_size=toy.train().get_vocab_size(), eos_token_id=1)
+    model = DeepseekV3(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2, generator=generator)
+        model.embed_tokens.weight.normal_(generator=generator)
+    path = tmp_path_factory.mktemp("models") / "toy"
+    model.save_pretrained(path, format="fp32")
+    return toy.save(path)
+
+
+@pytest.fixture
+def llm(folder: Path) -> LLM:
+    return LLM(folder, dtype="float32", max_num_seqs=3)
+
+
+def test_generate_is_the_models_argmax(llm: LLM, folder: Path) -> None:
+    model = DeepseekV3.from_pretrained(folder, torch.float32)
+    outputs = llm.generate(PROMPTS, GREEDY)
+    assert [output.prompt for output in outputs] == PROMPTS
+    for output, prompt in zip(outputs, PROMPTS, strict=True):
+        ids = llm.tokenizer.encode(prompt, add_bos=True)
+        assert output.prompt_token_ids == ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + output.token_ids])).logits[0]
+        assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == output.token_ids
+        assert output.text == llm.tokenizer.decode(output.token_ids)
+        assert output.finish_reason in ("stop", "length")
+        assert (len(output.token_ids) == 24) == (output.finish_reason == "length")
+        assert output.logprobs is None and output.cumulative_logprob is None
+
+
+def test_one_prompt_many_and_token_ids(llm: LLM) -> None:
+    (text,) = llm.generate(PROMPTS[0], GREEDY)
+    ids = text.prompt_token_ids
+    (one,) = llm.generate(ids, GREEDY)
+    many = llm.generate([ids, PROMPTS[0], tuple(ids)], GREEDY)
+    assert one.prompt is None and many[0].prompt is None and many[1].prompt == PROMPTS[0]
+    assert {output.text for output in (text, one, *many)} == {text.text}
+    assert llm.generate([], GREEDY) == []
+
+
+def test_a_prompt_that_brings_its_own_beginning_gets_no_second(llm: LLM) -> None:
+    (output,) = llm.generate(toy.BOS + PROMPTS[0], GREEDY)
+    assert output.prompt_token_ids == llm.tokenizer.encode(PROMPTS[0], add_bos=True)
+
+
+def test_params_for_each(llm: LLM) -> None:
+    each = [SamplingParams(temperature=0.0, max_tokens=n, stop_token_ids=[]) for n in (3, 1, 2)]
+    outputs = llm.generate(PROMPTS[:3], each)
+    assert [len(output.token_ids) for output in outputs] == [3, 1, 2]
+    with pytest.raises(UserError, match="2 sampling_params for 3 prompts"):
+        llm.generate(PROMPTS[:3], each[:2])
+
+
+def test_chat(llm: LLM) -> None:
+    fox = [{"role": "user", "content": "Who are you?"}]
+    system = [{"role": "system", "content": "Be brief."}, *fox]
+    (one,) = llm.chat(fox, GREEDY)
+    assert one.prompt == f"{toy.BOS}{toy.USER}Who are you?{toy.ASSISTANT}"
+    assert one.prompt_token_ids == llm.tokenizer.encode_chat(fox)
+    both = llm.chat([fox, system], GREEDY)
+    assert both[0] == one
+    assert "Be brief." in str(both[1].prompt)
+    assert one.text == llm.generate(one.prompt_token_ids, GREEDY)[0].text
+
+
+# Streams ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [GREEDY, HOT, SamplingParams(seed=1, temperature=1.5, stop=["e", "狐"])])
+def test_a_stream_says_what_generate_says(llm: LLM, params: SamplingParams) -> None:
+    for prompt in PROMPTS:
+        (expected,) = llm.generate(prompt, params)
+        outputs = list(llm.stream(prompt, params))
+        assert [o.text for o in outputs] == list(accumulate(o.delta for o in outputs))
+        assert all(o.finish_reason is None and o.delta for o in outputs[:-1])
+        last = outputs[-1]
+        assert (last.text, last.token_ids, last.finish_reason) == (
+            expected.text,
+            expected.token_ids,
+            expected.finish_reason,
+        )
+
+
+def test_stream_chat(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Tell me about a fox."}]
+    outputs = list(llm.stream_chat(messages, GREEDY))
+    assert "".join(o.delta for o in outputs) == llm.chat(messages, GREEDY)[0].text
+
+
+def test_closing_a_stream_frees_its_row(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=400, stop_token_ids=[])
+    stream = llm.stream(PROMPTS[0], params)
+    next(stream)
+    assert len(llm.engine.scheduler.running) == 1
+    stream.close()
+    assert not llm.engine.unfinished
+    never_read = llm.stream(PROMPTS[0], params)
+    never_read.close()
+    assert not llm.engine.unfinished
+
+
+def test_streams_side_by_side_and_generate_between(llm: LLM) -> None:
+    alone = [llm.generate(prompt, GREEDY)[0].text for prompt in PROMPTS]
+    streams = [llm.stream(prompt, GREEDY) for prompt in PROMPTS]  # one more than there are rows
+    texts = ["" for _ in streams]
+    waiting = list(range(len(streams)))
+    while waiting:
+        for i in list(waiting):
+            output = next(streams[i], None)
+            if output is None:
+                waiting.remove(i)
+            else:
+                texts[i] += output.delta
+        assert llm.generate("The", SamplingParams(temperature=0.0, max_tokens=2))[0].token_ids
+    assert texts == alone
+    assert not llm.engine.unfinished
+
+
+# Stops --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_stop_strings_across_token_borders(llm: LLM, seed: int) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=40, seed=seed, stop_token_ids=[])
+    (plain,) = llm.generate("The fox", params)
+    stop = plain.text[5:9]
+    assert len(stop) == 4
+    with_stop = SamplingParams(temperature=1.0, max_tokens=40, seed=seed, stop=["never said", stop])
+    (cut,) = llm.generate("The fox", with_stop)
+    assert cut.text == plain.text[: plain.text.find(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == plain.token_ids[: len(cut.token_ids)]
+    assert stop in llm.tokenizer.decode(cut.token_ids), "the tokens are all that was generated"
+    assert stop not in llm.tokenizer.decode(cut.token_ids[:-1]), "and it ends as soon as the stop is complete"
+    assert stop not in llm.tokenizer.decode(cut.token_ids[-1:]), "this test is about several tokens"
+    for output in llm.stream("The fox", with_stop):
+        assert cut.text.startswith(output.text), "nothing of the stop string may be shown on the way"
+
+
+def test_end_of_text_ends_and_is_not_in_the_text(llm: LLM) -> None:
+    hot = [SamplingParams(temperature=3.0, max_tokens=400, seed=seed) for seed in range(20)]
+    ended = [o for o in llm.generate([PROMPTS[1]] * 20, hot) if o.finish_reason == "stop"]
+    assert ended, "with 400 draws out of 389 words each, some end"
+    for output in ended:
+        assert output.token_ids[-1] == llm.tokenizer.eos_token_id
+        assert llm.tokenizer.eos_token_id not in output.token_ids[:-1]
+        assert toy.EOS not in output.text
+
+
+def test_logprobs(llm: LLM) -> None:
+    (output,) = llm.generate(PROMPTS[0], SamplingParams(temperature=1.0, seed=1, max_tokens=5, logprobs=2))
+    assert output.logprobs is not None and output.cumulative_logprob is not None
+    assert [t.token_id for t in output.logprobs] == output.token_ids
+    assert all(len(t.top) == 2 for t in output.logprobs)
+    with torch.no_grad():
+        logits = llm.model(torch.tensor([output.prompt_token_ids + output.token_ids])).logits[0]
+    start = len(output.prompt_token_ids) - 1
+    expected = (
+        logits[start:-1].log_softmax(-1).gather(1, torch.tensor(output.token_ids).unsqueeze(1)).squeeze(1)
+    )
+    assert [t.logprob for t in output.logprobs] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert output.cumulative_logprob == pytest.approx(expected.sum().item(), abs=1e-3)
+
+
+# What goes wrong harms nobody else ----------------------------------------------------------------------
+
+
+def test_a_wrong_prompt_stops_none_of_the_others(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    text = next(stream).delta
+    with pytest.raises(UserError, match="the prompt has 600 tokens"):
+        llm.generate([PROMPTS[1], [5] * 600], GREEDY)
+    with pytest.raises(UserError, match="a prompt is 5"):
+        llm.generate([PROMPTS[1], 5], GREEDY)  # type: ignore[list-item]
+    with pytest.raises(UserError, match="role 'fox'"):
+        llm.chat([{"role": "fox", "content": "x"}])
+    with pytest.raises(UserError, match="600 tokens"):
+        llm.stream([5] * 600, GREEDY)
+    assert len(llm.engine.scheduler.running) == 1 and not llm.engine.scheduler.waiting
+    text += "".join(output.delta for output in stream)
+    assert text == llm.generate(PROMPTS[0], GREEDY)[0].text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_generate_leaves_nothing_behind(
+    llm: LLM, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = llm.generate(PROMPTS, GREEDY)
+    calls = iter(range(100))
+    forward = llm.model.forward_flat
+
+    def failing(*args: object) -> torch.Tensor:
+        if next(calls) == 4:
+            raise error
+        return forward(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as broken:
+        broken.setattr(llm.model, "forward_flat", failing)
+        with pytest.raises(error):
+            llm.generate(PROMPTS, GREEDY)
+    assert not llm.engine.unfinished
+    assert llm.generate(PROMPTS, GREEDY) == before
+
+
+# Where the model and its defaults come from -------------------------------------------------------------
+
+
+def test_default_params_come_from_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    assert LLM(copy).default_params == SamplingParams()
+    written = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": None,
+        "max_new_tokens": 7,
+        "_x": 1,
+    }
+    (copy / "generation_config.json").write_text(json.dumps(written | {"eos_token_id": [1, 300]}))
+    llm = LLM(copy, dtype="float32")
+    assert llm.default_params == SamplingParams(temperature=0.6, top_p=0.95, max_tokens=7)
+    assert llm.engine.end_ids == {1, 300}
+    assert len(llm.generate(PROMPTS[0])[0].token_ids) <= 7
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"top_p": 3}', '{"temperature": "warm"}'])
+def test_a_broken_generation_config_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json is not a generation config"):
+        read_generation_config(tmp_path)
+
+
+def test_dtype_device_and_length(folder: Path) -> None:
+    llm = LLM(str(folder), dtype="bfloat16", device="cpu", max_model_len=30)
+    assert llm.model.lm_head.weight.dtype is torch.bfloat16
+    assert llm.engine.runner.cache.layers[0].dtype is torch.bfloat16
+    assert llm.max_model_len == 30
+    (output,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=None, temperature=0.0))
+    assert output.finish_reason == "stop" or len(output.prompt_token_ids + output.token_ids) == 30
+    assert LLM(folder).max_model_len == PRESETS["tiny"].max_position_embeddings
+
+
+def test_a_model_already_in_place(llm: LLM) -> None:
+    other = LLM(llm.model, tokenizer=llm.tokenizer)
+    assert other.model is llm.model
+    assert other.generate(PROMPTS[0], GREEDY) == llm.generate(PROMPTS[0], GREEDY)
+    with pytest.raises(UserError, match="tokenizer is None"):
+        LLM(llm.model)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        LLM(tmp_path / "nowhere")

@@ -1,0 +1,285 @@
+"""Sampling, step by step against transformers' logits processors and against counting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dsv3.engine.sampling import (
+    PREFIXES,
+    Sampler,
+    SamplingParams,
+    distribution,
+    draw,
+    likeliest,
+    penalize_output,
+    penalize_repetition,
+    report,
+    sample,
+)
+from dsv3.errors import UserError
+
+
+def normalised(weights: Tensor) -> Tensor:
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def in_transformers(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities [1, vocab] after transformers' warpers, in transformers' own order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.top_k > 0:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    scores: Tensor = warpers(torch.zeros(1, 1, dtype=torch.int64), logits)
+    return scores.softmax(dim=-1)
+
+
+@st.composite
+def filters(draw: st.DrawFn) -> SamplingParams:
+    return SamplingParams(
+        temperature=draw(st.floats(0.05, 3)),
+        top_k=draw(st.sampled_from([0, 1, 2, 7, 50, 2000, 10_000])),
+        top_p=draw(st.sampled_from([1.0]) | st.floats(0.01, 0.999)),
+        min_p=draw(st.sampled_from([0.0]) | st.floats(0.001, 1.0)),
+    )
+
+
+@given(
+    st.lists(filters(), min_size=1, max_size=5),
+    st.sampled_from([2, 60, PREFIXES[0], 1000, PREFIXES[1] + 500]),
+    st.sampled_from([0.01, 1.0, 6.0]),
+    st.integers(0, 10_000),
+)
+def test_filters_are_transformers(rows: list[SamplingParams], vocab: int, spread: float, seed: int) -> None:
+    logits = spread * torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed))
+    ours = normalised(distribution(logits, rows))
+    for i, params in enumerate(rows):
+        theirs = in_transformers(logits[i : i + 1].clone(), params)[0]
+        # Sums to the edge of top_p round differently: a word exactly there may be in or out.
+        different = (ours[i] > 0) != (theirs > 0)
+        assert different.sum() <= 1, f"{params}: {int((ours[i] > 0).sum())} words, {int((theirs > 0).sum())}"
+        if not different.any():
+            torch.testing.assert_close(ours[i], theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_filters_keep_what_is_as_likely_as_the_last_one_kept() -> None:
+    logits = torch.tensor([[2.0, 1.0, 3.0, 1.0, 0.0]])
+    assert (distribution(logits, [SamplingParams(top_k=3)]) > 0).tolist() == [[True, True, True, True, False]]
+    assert (distribution(logits, [SamplingParams(top_k=2)]) > 0).tolist() == [
+        [True, False, True, False, False]
+    ]
+
+
+def test_top_p_sees_only_what_top_k_left() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    # Of the two that are left, the first holds 4/7 > 0.55; of all four, 0.4 < 0.55 would let the second in.
+    assert (distribution(logits, [SamplingParams(top_k=2, top_p=0.55)]) > 0).tolist() == [
+        [True] + 3 * [False]
+    ]
+    assert (distribution(logits, [SamplingParams(top_p=0.55)]) > 0).tolist() == [[True, True, False, False]]
+
+
+def test_without_filters_nothing_is_ruled_out() -> None:
+    logits = torch.randn(2, 3 * PREFIXES[0])
+    rows = [SamplingParams(), SamplingParams(top_p=0.5)]  # together with one that filters, too
+    torch.testing.assert_close(distribution(logits, rows)[0], logits[0].softmax(-1))
+    assert (distribution(logits, rows)[1] > 0).sum() < 3 * PREFIXES[0]
+
+
+# Penalties ----------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.2, 3), st.lists(st.integers(0, 19), min_size=1, max_size=30), st.integers(0, 10_000))
+def test_repetition_penalty_is_transformers(penalty: float, said: list[int], seed: int) -> None:
+    logits = 3 * torch.randn(1, 20, generator=torch.Generator().manual_seed(seed))
+    seen = torch.zeros(1, 20, dtype=torch.bool)
+    seen[0, said] = True
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([said]), logits.clone())
+    torch.testing.assert_close(penalize_repetition(logits, seen, penalty), theirs)
+
+
+def test_presence_and_frequency_penalties_by_hand() -> None:
+    logits, counts = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 3.0])
+    assert penalize_output(logits, counts, 0.5, 0.25).tolist() == [1.0, 0.25, -0.25]
+
+
+@given(st.integers(0, 10_000))
+def test_penalties_follow_prompt_and_output(seed: int) -> None:
+    """Token by token through `sample`, against penalties computed from the token lists."""
+    generator = torch.Generator().manual_seed(seed)
+    params = SamplingParams(
+        temperature=0.0, repetition_penalty=1.4, presence_penalty=0.6, frequency_penalty=-0.3
+    )
+    prompt, output = [1, 4, 4], list[int]()
+    sampler = Sampler(params, prompt, seed=0)
+    plain = Sampler(SamplingParams(temperature=0.0), prompt, seed=0)
+    for _ in range(12):
+        logits = torch.randn(2, 8, generator=generator)
+        expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([prompt + output]), logits[:1].clone())[
+            0
+        ]
+        for token in set(output):
+            expected[token] -= 0.6 - 0.3 * output.count(token)
+        before = logits.clone()
+        penalized, unpenalized = sample(logits, [sampler, plain])
+        assert penalized.token_id == int(expected.argmax())
+        assert unpenalized.token_id == int(logits[1].argmax())
+        assert torch.equal(before, logits)
+        output.append(penalized.token_id)
+
+
+# The draw -----------------------------------------------------------------------------------------------
+
+
+def test_draws_are_in_proportion() -> None:
+    weights = torch.tensor([[0.0, 3.0, 1.0, 0.0, 4.0, 0.0]])
+    places = draw(weights.expand(8000, -1), [(i + 0.5) / 8000 for i in range(8000)])
+    assert torch.bincount(places, minlength=6).tolist() == [0, 3000, 1000, 0, 4000, 0]
+
+
+def test_draws_at_the_ends_never_take_what_is_ruled_out() -> None:
+    weights = torch.tensor([[0.0, 0.1, 0.2, 0.0]])
+    assert draw(weights, [0.0]).item() == 1
+    assert draw(weights, [1 - 2.0**-48]).item() == 2
+
+
+def test_samples_follow_the_distribution() -> None:
+    params = SamplingParams(temperature=0.8, top_k=4)
+    logits = torch.tensor([[0.3, 1.0, -0.5, 0.0, 2.0, -3.0]])
+    sampler = Sampler(params, [0], seed=3)
+    n = 6000
+    counts = torch.zeros(6)
+    for _ in range(n):
+        counts[sample(logits, [sampler])[0].token_id] += 1
+    expected = normalised(distribution(logits, [params]))[0]
+    assert ((counts > 0) == (expected > 0)).all()
+    # Within five standard deviations of a binomial count.
+    assert ((counts / n - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all(), counts / n
+
+
+def test_greedy_is_the_largest_logit_whatever_the_filters() -> None:
+    logits = torch.randn(3, 50)
+    rows = [SamplingParams(temperature=t, top_k=k) for t, k in ((0.0, 0), (1e-6, 3), (1.0, 1))]
+    tokens = sample(logits, [Sampler(params, [0], seed=0) for params in rows])
+    assert [t.token_id for t in tokens] == logits.argmax(dim=-1).tolist()
+
+
+def test_bfloat16_logits() -> None:
+    logits = torch.randn(2, 50, dtype=torch.bfloat16)
+    greedy, drawn = sample(
+        logits,
+        [
+            Sampler(SamplingParams(temperature=0.0), [0], 0),
+            Sampler(SamplingParams(top_k=1, logprobs=1), [0], 0),
+        ],
+    )
+    assert [greedy.token_id, drawn.token_id] == logits.argmax(dim=-1).tolist()
+    assert drawn.logprobs is not None
+    assert drawn.logprobs.logprob == pytest.approx(float(logits[1].float().log_softmax(-1).max()))
+
+
+# Log-probabilities --------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = torch.randn(2, 30)
+    params = SamplingParams(temperature=0.5, top_k=2, repetition_penalty=2.0, logprobs=3)
+    told, silent = sample(logits, [Sampler(params, [4], 0), Sampler(SamplingParams(logprobs=0), [4], 0)])
+    assert told.logprobs is not None and silent.logprobs is not None
+    expected = logits.log_softmax(dim=-1)
+    assert told.logprobs.token_id == told.token_id
+    assert told.logprobs.logprob == pytest.approx(expected[0, told.token_id].item())
+    values, ids = expected[0].topk(3)
+    assert list(told.logprobs.top) == ids.tolist()
+    assert list(told.logprobs.top.values()) == pytest.approx(values.tolist())
+    assert silent.logprobs.top == {}
+
+
+def test_more_logprobs_than_words() -> None:
+    (all_of_them,) = report(torch.randn(1, 5), [2], [20])
+    assert len(all_of_them.top) == 5
+    assert sum(map(math.exp, all_of_them.top.values())) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number(value: float) -> None:
+    logits = torch.randn(2, 5)
+    logits[1, 3] = value
+    with pytest.raises(UserError, match="not numbers"):
+        likeliest(logits)
+
+
+# Params -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("max_tokens", 0, "a whole number at least 1, or None"),
+        ("max_tokens", 2.5, "a whole number at least 1, or None"),
+        ("max_tokens", True, "a whole number at least 1, or None"),
+        ("temperature", -0.1, "a number at least 0"),
+        ("temperature", float("nan"), "a number at least 0"),
+        ("temperature", float("inf"), "a number at least 0"),
+        ("temperature", "hot", "a number at least 0"),
+        ("temperature", None, "a number at least 0"),
+        ("top_p", 0.0, "a number above 0 and at most 1"),
+        ("top_p", 1.01, "a number above 0 and at most 1"),
+        ("top_k", -2, "a whole number at least -1"),
+        ("top_k", 1.0, "a whole number at least -1"),
+        ("min_p", -0.01, "a number at least 0 and at most 1"),
+        ("min_p", 1.5, "a number at least 0 and at most 1"),
+        ("repetition_penalty", 0.0, "a number above 0"),
+        ("presence_penalty", 2.1, "a number at least -2 and at most 2"),
+        ("frequency_penalty", -2.1, "a number at least -2 and at most 2"),
+        ("logprobs", -1, "a whole number at least 0, or None"),
+        ("seed", 1.5, "a whole number, or None"),
+        ("seed", "1", "a whole number, or None"),
+    ],
+)
+def test_params_out_of_range(name: str, value: object, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+    assert str(error.value) == f"{name} is {value!r}: it must be {says}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"stop": ["a", ""]}, "stop has ''"),
+        ({"stop": [3]}, "stop has 3"),
+        ({"stop": 3}, "stop is 3: it must be a list"),
+        ({"stop_token_ids": [1, -1]}, "stop_token_ids has -1"),
+        ({"stop_token_ids": 7}, "stop_token_ids is 7: it must be a list"),
+        ({"stop_token_ids": ["7"]}, "stop_token_ids has '7'"),
+    ],
+)
+def test_stops_that_cannot_be(wrong: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+def test_params_are_checked_again_when_replaced_and_compare_by_value() -> None:
+    params = SamplingParams(stop="end", stop_token_ids=[5])
+    assert params == SamplingParams(stop=["end"], stop_token_ids=(5,))
+    assert len({params, SamplingParams(stop=["end"], stop_token_ids=(5,))}) == 1
+    assert SamplingParams(top_k=-1).top_k == -1 and not SamplingParams(top_k=-1).filters
+    with pytest.raises(UserError, match="top_p"):
+        replace(params, top_p=2.0)
