@@ -28,15 +28,48 @@ MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 
 # Keys of released files and of transformers' base class that do not change what the model computes.
 _INERT = frozenset(
-    """
-    _name_or_path architectures auto_map transformers_version model_type torch_dtype dtype use_cache
-    bos_token_id pad_token_id ep_size head_dim qk_head_dim output_router_logits router_aux_loss_coef
-    output_attentions output_hidden_states return_dict return_dict_in_generate use_return_dict
-    tokenizer_class task_specific_params problem_type id2label label2id finetuning_task is_encoder_decoder
-    is_decoder chunk_size_feed_forward attn_implementation _attn_implementation
-    _attn_implementation_autoset torchscript tf_legacy_loss use_bfloat16 prefix sep_token_id
-    decoder_start_token_id max_length min_length
-    """.split()
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "bos_token_id",
+        "pad_token_id",
+        "ep_size",
+        "head_dim",
+        "qk_head_dim",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "return_dict_in_generate",
+        "use_return_dict",
+        "tokenizer_class",
+        "task_specific_params",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "is_encoder_decoder",
+        "is_decoder",
+        "chunk_size_feed_forward",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "torchscript",
+        "tf_legacy_loss",
+        "use_bfloat16",
+        "prefix",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "max_length",
+        "min_length",
+    ]
 )
 
 # Switches with one value that we compute; any other is refused.
@@ -71,7 +104,9 @@ class YarnConfig:
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise ConfigError(f"rope_scaling.factor is {self.factor}: YaRN stretches, so it must be at least 1")
+            raise ConfigError(
+                f"rope_scaling.factor is {self.factor}: YaRN stretches, so it must be at least 1"
+            )
         if self.original_max_position_embeddings < 1:
             raise ConfigError(
                 "rope_scaling.original_max_position_embeddings is "
@@ -92,7 +127,8 @@ class YarnConfig:
     @property
     def softmax_scale(self) -> float:
         """What the scores are multiplied by, on top of 1/sqrt(head size)."""
-        return self.magnitude(self.mscale_all_dim) ** 2
+        magnitude = self.magnitude(self.mscale_all_dim)
+        return magnitude * magnitude
 
 
 @dataclass(frozen=True)
@@ -144,18 +180,31 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_type(f.name, getattr(self, f.name), str(f.type))
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank "
-            "qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings moe_layer_freq"
-        ).split():
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "max_position_embeddings",
+            "moe_layer_freq",
+        ]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ConfigError(f"q_lora_rank is {self.q_lora_rank}: give a rank, or null for no compression")
         if self.num_nextn_predict_layers < 0:
-            raise ConfigError(f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: it counts modules")
+            raise ConfigError(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: it counts modules"
+            )
         if self.qk_rope_head_dim % 2:
-            raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: rotary pairs need an even number")
+            raise ConfigError(
+                f"qk_rope_head_dim is {self.qk_rope_head_dim}: rotary pairs need an even number"
+            )
         if self.rms_norm_eps <= 0:
             raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps}: it must be positive")
         if self.n_routed_experts is not None:
@@ -172,10 +221,16 @@ class ModelConfig:
         if self.moe_intermediate_size < 1:
             raise ConfigError(f"moe_intermediate_size is {self.moe_intermediate_size}: it must be at least 1")
         if n_routed_experts < 1 or self.n_group < 1 or n_routed_experts % self.n_group:
-            raise ConfigError(f"n_routed_experts is {n_routed_experts}: it must divide into n_group={self.n_group}")
+            raise ConfigError(
+                f"n_routed_experts is {n_routed_experts}: it must divide into n_group={self.n_group}"
+            )
         if not 1 <= self.topk_group <= self.n_group:
-            raise ConfigError(f"topk_group is {self.topk_group}: it must be between 1 and n_group={self.n_group}")
-        choosable = n_routed_experts // self.n_group * (self.topk_group if self.limits_groups else self.n_group)
+            raise ConfigError(
+                f"topk_group is {self.topk_group}: it must be between 1 and n_group={self.n_group}"
+            )
+        choosable = (
+            n_routed_experts // self.n_group * (self.topk_group if self.limits_groups else self.n_group)
+        )
         if not 1 <= self.num_experts_per_tok <= choosable:
             raise ConfigError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}: between 1 and the {choosable} experts of the "
@@ -200,7 +255,7 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        return self.qk_head_dim**-0.5 * (self.rope_scaling.softmax_scale if self.rope_scaling else 1.0)
+        return float(self.qk_head_dim**-0.5) * (self.rope_scaling.softmax_scale if self.rope_scaling else 1.0)
 
     @property
     def limits_groups(self) -> bool:
@@ -278,7 +333,13 @@ class ModelConfig:
                 "remove it from config.json if it changes nothing that is computed"
             )
         fields = {k: v for k, v in values.items() if k in known}
-        for name in ("rope_theta", "routed_scaling_factor", "rms_norm_eps", "initializer_range", "aux_loss_alpha"):
+        for name in (
+            "rope_theta",
+            "routed_scaling_factor",
+            "rms_norm_eps",
+            "initializer_range",
+            "aux_loss_alpha",
+        ):
             if isinstance(fields.get(name), int):
                 fields[name] = float(fields[name])
         return cls(**fields, inert=inert)
@@ -335,9 +396,13 @@ def _read_yarn(rope: Any) -> YarnConfig | None:
     if kind != "yarn":
         raise ConfigError(f"rope_scaling type is {kind!r}: dsv3 supports 'yarn' and plain rotary positions")
     if rope.get("truncate", True) is not True:
-        raise ConfigError("rope_scaling.truncate is false: DeepSeek's YaRN rounds its correction range; remove it")
+        raise ConfigError(
+            "rope_scaling.truncate is false: DeepSeek's YaRN rounds its correction range; remove it"
+        )
     fields = {f.name for f in dataclasses.fields(YarnConfig)}
-    unknown = sorted(rope.keys() - fields - {"type", "rope_type", "rope_theta", "partial_rotary_factor", "truncate"})
+    unknown = sorted(
+        rope.keys() - fields - {"type", "rope_type", "rope_theta", "partial_rotary_factor", "truncate"}
+    )
     if unknown:
         raise ConfigError(f"unknown rope_scaling key {unknown[0]!r}: dsv3 does not know what it changes")
     values = {k: v for k, v in rope.items() if k in fields and v is not None}

@@ -51,7 +51,11 @@ def test_v3_logits(config: ModelConfig, batch: int, length: int, seed: int) -> N
 
 @settings(max_examples=40)
 @given(
-    config=v3_configs(), batch=st.integers(1, 3), prompt=st.integers(1, 24), chunk=st.integers(1, 24), seed=SEEDS
+    config=v3_configs(),
+    batch=st.integers(1, 3),
+    prompt=st.integers(1, 24),
+    chunk=st.integers(1, 24),
+    seed=SEEDS,
 )
 def test_v3_logits_with_a_cache(config: ModelConfig, batch: int, prompt: int, chunk: int, seed: int) -> None:
     check_cached(config, batch, prompt, chunk, seed)
@@ -65,7 +69,11 @@ def test_v2_logits(config: ModelConfig, batch: int, length: int, seed: int) -> N
 
 @settings(max_examples=40)
 @given(
-    config=v2_configs(), batch=st.integers(1, 3), prompt=st.integers(1, 24), chunk=st.integers(1, 24), seed=SEEDS
+    config=v2_configs(),
+    batch=st.integers(1, 3),
+    prompt=st.integers(1, 24),
+    chunk=st.integers(1, 24),
+    seed=SEEDS,
 )
 def test_v2_logits_with_a_cache(config: ModelConfig, batch: int, prompt: int, chunk: int, seed: int) -> None:
     check_cached(config, batch, prompt, chunk, seed)

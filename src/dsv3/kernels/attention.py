@@ -13,7 +13,6 @@ Latent attention (MLA) can be computed in two ways that give the same numbers:
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +32,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
     return out[..., :narrow]
 
 
-def latent_attention(q: Tensor, latents: Tensor, rank: int, scale: float, mask: Tensor | None = None) -> Tensor:
+def latent_attention(
+    q: Tensor, latents: Tensor, rank: int, scale: float, mask: Tensor | None = None
+) -> Tensor:
     """Attention of all heads over one shared row of latents per context token (absorbed form).
 
     q: [batch, rows, latent_dim], where rows are heads, or heads of several tokens; latents:

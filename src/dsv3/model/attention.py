@@ -68,7 +68,11 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads = config.num_attention_heads
-        self.nope, self.rotary, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.nope, self.rotary, self.v_dim = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
         self.rank, self.qk_dim = config.kv_lora_rank, config.qk_head_dim
         self.scale = config.softmax_scale
 
@@ -135,7 +139,9 @@ class LatentAttention(nn.Module):
 
         Queries are [batch, seq, heads, ...], mask [batch, seq or 1, context]; returns [batch, seq, heads * v].
         """
-        expand_k, expand_v = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split((self.nope, self.v_dim), 1)
+        expand_k, expand_v = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split(
+            (self.nope, self.v_dim), 1
+        )
         # (W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query ...
         batch, seq = q_nope.shape[:2]
         q = torch.cat((self._per_head(q_nope, expand_k), q_rope), dim=-1).flatten(1, 2)
@@ -143,12 +149,15 @@ class LatentAttention(nn.Module):
             mask = mask.repeat_interleave(self.heads, dim=1)
         out = latent_attention(q, latents, self.rank, self.scale, mask)
         # ... and the value's expansion to the weighted sum of latents.
-        return self._per_head(out.view(batch, seq, self.heads, self.rank), expand_v.transpose(1, 2)).flatten(-2)
+        return self._per_head(out.view(batch, seq, self.heads, self.rank), expand_v.transpose(1, 2)).flatten(
+            -2
+        )
 
     def _per_head(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [batch, seq, heads, in] times weight [heads, in, out] for each head: [batch, seq, heads, out]."""
         flat = x.flatten(0, 1).transpose(0, 1)
-        return torch.bmm(flat, weight).transpose(0, 1).unflatten(0, x.shape[:2])
+        out: Tensor = torch.bmm(flat, weight).transpose(0, 1).unflatten(0, x.shape[:2])
+        return out
 
     def _over_cache(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, batch: FlatBatch) -> Tensor:
         parts: list[Tensor] = []
@@ -161,7 +170,9 @@ class LatentAttention(nn.Module):
             past = cache[span.row, : span.context].unsqueeze(0)
             mask = None
             if new < span.context:  # the queries are the last rows of the causal triangle
-                mask = past.new_ones(new, span.context, dtype=torch.bool).tril(span.context - new).unsqueeze(0)
+                mask = (
+                    past.new_ones(new, span.context, dtype=torch.bool).tril(span.context - new).unsqueeze(0)
+                )
             q = q_nope[span.tokens].unsqueeze(0), q_rope[span.tokens].unsqueeze(0)
             if mask is not None and self._absorbed_is_cheaper(new):
                 parts.append(self._absorbed(*q, past, mask).squeeze(0))

@@ -50,7 +50,7 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Move between devices with the rest, but never round the bias: near-ties are decided by it."""
         before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.e_score_correction_bias
         if before is not None and after is not None and after.dtype != before.dtype:
             self.e_score_correction_bias = before.to(after.device)
@@ -72,7 +72,9 @@ class Gate(nn.Module):
     def choose(self, scores: Tensor) -> Tensor:
         """The experts of each token, [tokens, num_experts_per_tok], from its scores [tokens, experts]."""
         config = self.config
-        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias.float()
+        biased = (
+            scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias.float()
+        )
         if config.limits_groups:
             grouped = biased.unflatten(-1, (config.n_group, -1))
             if config.topk_method == "noaux_tc":

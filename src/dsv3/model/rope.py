@@ -18,7 +18,7 @@ from dsv3.config import ModelConfig
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Angle per position for each rotary pair, [qk_rope_head_dim / 2], float32."""
     dim, base = config.qk_rope_head_dim, config.rope_theta
-    frequencies = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    frequencies = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
     yarn = config.rope_scaling
     if yarn is None:
         return frequencies
@@ -30,7 +30,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
     interpolated = ramp.clamp(0, 1)
     return frequencies / yarn.factor * interpolated + frequencies * (1 - interpolated)
 

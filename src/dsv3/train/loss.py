@@ -68,7 +68,9 @@ def objective(
         total = total + mtp_weight * mtp
     balance = sequence_balance(routing, inputs.shape[0])
     total = total + model.config.aux_loss_alpha * balance
-    return Losses(total, main.detach(), None if mtp is None else mtp.detach(), balance.detach(), expert_loads(routing))
+    return Losses(
+        total, main.detach(), None if mtp is None else mtp.detach(), balance.detach(), expert_loads(routing)
+    )
 
 
 def _per_sample(segments: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +106,10 @@ def expert_loads(routing: Sequence[Routing]) -> dict[int, Tensor]:
 def update_biases(model: Transformer, loads: dict[int, Tensor], gamma: float) -> None:
     """Auxiliary-loss-free balancing: move each expert's bias by gamma against its load over the batch."""
     for module in model.modules():
-        if isinstance(module, MoE) and module.layer in loads and module.gate.e_score_correction_bias is not None:
+        if (
+            isinstance(module, MoE)
+            and module.layer in loads
+            and module.gate.e_score_correction_bias is not None
+        ):
             load = loads[module.layer].float()
             module.gate.e_score_correction_bias += gamma * torch.sign(load.mean() - load)

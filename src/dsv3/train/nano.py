@@ -71,7 +71,9 @@ class Stage:
         if done < self.warmup:
             return self.peak_lr * (done / self.warmup)
         falling = max(0.0, (done - (1 - self.decay)) / self.decay)
-        return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
+        return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (
+            1 + math.cos(math.pi * min(1.0, falling))
+        )
 
     def mtp(self, done: float) -> float:
         if done < self.mtp_from:
@@ -114,7 +116,8 @@ class ChatData:
         order = np.random.default_rng((self.seed, epoch)).permutation(rows)
         pick = order[np.arange(first, first + stage.rows) % rows]
         tokens, mask, segment = (
-            torch.from_numpy(self.arrays[name][pick].astype(np.int64)) for name in ("tokens", "mask", "segment")
+            torch.from_numpy(self.arrays[name][pick].astype(np.int64))
+            for name in ("tokens", "mask", "segment")
         )
         return Batch(tokens, mask.bool(), segment)
 
@@ -122,7 +125,13 @@ class ChatData:
 STAGES = {
     "pretrain": Stage(tokens=24_000_000),
     "sft": Stage(
-        tokens=6_600_000, peak_lr=5e-4, final_lr=2e-5, decay=0.9, mtp_from=0.0, mtp_weight=(0.1, 0.1), gamma=0.0
+        tokens=6_600_000,
+        peak_lr=5e-4,
+        final_lr=2e-5,
+        decay=0.9,
+        mtp_from=0.0,
+        mtp_weight=(0.1, 0.1),
+        gamma=0.0,
     ),
 }
 
@@ -187,7 +196,7 @@ def train(run: Run, stage: Stage, data: PretrainData | ChatData, save_every: flo
         done = run.step / stage.steps
         batch = data.batch(run.step, stage)
         losses = objective(run.model, batch.tokens, stage.mtp(done), batch.loss_mask, batch.segments)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         run.optimizer.accumulate()
         norm = run.optimizer.step(stage.lr(done))
         if done < stage.gamma_until and stage.gamma:
@@ -259,7 +268,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="what `python -m dsv3.data.nano` wrote")
     parser.add_argument("run", type=Path, help="folder of the run; given again, it goes on")
     parser.add_argument("out", type=Path, nargs="?", help="export: the folder to write")
-    parser.add_argument("--stage", choices=list(STAGES), default="sft", help="evaluate, export: which weights")
+    parser.add_argument(
+        "--stage", choices=list(STAGES), default="sft", help="evaluate, export: which weights"
+    )
     parser.add_argument("--tokens", type=float, help="train on this many instead of the recipe's")
     parser.add_argument("--compile", action="store_true", help="fuse operations with torch.compile")
     args = parser.parse_args(argv)
@@ -278,7 +289,9 @@ def _dispatch(args: argparse.Namespace) -> None:
             raise UserError(f"{run.checkpoint} does not exist: train the stage {args.stage!r} first")
         run.load(run.checkpoint)
         if args.command == "evaluate":
-            print(json.dumps({k: round(v, 4) for k, v in bits_per_byte(run.model, args.data).items()}, indent=2))
+            print(
+                json.dumps({k: round(v, 4) for k, v in bits_per_byte(run.model, args.data).items()}, indent=2)
+            )
         elif args.out is None:
             raise UserError("export needs the folder to write as its last argument")
         else:
@@ -290,7 +303,9 @@ def _dispatch(args: argparse.Namespace) -> None:
         stage = Stage(**(asdict(stage) | {"tokens": int(args.tokens)}))
     needed = args.data / ("pretrain.npy" if args.command == "pretrain" else "sft.npz")
     if not needed.exists():
-        raise UserError(f"{needed} does not exist: make it with `python -m dsv3.data.nano MATERIAL {args.data}`")
+        raise UserError(
+            f"{needed} does not exist: make it with `python -m dsv3.data.nano MATERIAL {args.data}`"
+        )
     data = PretrainData(args.data) if args.command == "pretrain" else ChatData(args.data)
     run = Run(args.run, args.command)
     if run.checkpoint.exists():

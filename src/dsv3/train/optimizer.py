@@ -17,9 +17,11 @@ class MasterAdamW:
     Weight decay is on matrices only, as is usual: norms and biases are left alone.
     """
 
-    def __init__(self, model: nn.Module, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.1) -> None:
+    def __init__(
+        self, model: nn.Module, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.1
+    ) -> None:
         named = dict(model.named_parameters())
-        self.weights = list(named.values())
+        self.weights: list[Tensor] = list(named.values())
         self.masters = {name: p.detach().float().clone() for name, p in named.items()}
         decayed = [m for m in self.masters.values() if m.dim() > 1]
         plain = [m for m in self.masters.values() if m.dim() <= 1]
