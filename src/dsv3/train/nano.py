@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -30,12 +31,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsv3.checkpoint import DeepseekV3
 from dsv3.config import PRESETS
 from dsv3.errors import UserError
 from dsv3.model import Transformer
 from dsv3.model.attention import LatentAttention
 from dsv3.model.layers import FeedForward
 from dsv3.model.moe import Gate
+from dsv3.text.chat import DEEPSEEK_TEMPLATE
 from dsv3.train.loss import objective, update_biases
 from dsv3.train.optimizer import MasterAdamW
 
@@ -323,7 +326,21 @@ def _dispatch(args: argparse.Namespace) -> None:
 
 def _export(model: Transformer, data: Path, out: Path) -> None:
     """Write the checkpoint that ships: FP8 blocks, tokenizer, and how to sample from it."""
-    raise UserError("export is written once the checkpoint package is there")
+    shipped = DeepseekV3(model.config)
+    shipped.load_state_dict(model.state_dict())
+    shipped.bfloat16().save_pretrained(out, format="fp8")
+    shutil.copyfile(data / "tokenizer.json", out / "tokenizer.json")
+    special = {
+        "bos_token": "<｜begin▁of▁sentence｜>",
+        "eos_token": "<｜end▁of▁sentence｜>",
+        "pad_token": "<｜▁pad▁｜>",
+        "model_max_length": model.config.max_position_embeddings,
+        "chat_template": DEEPSEEK_TEMPLATE,
+    }
+    sampling = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    for name, values in (("tokenizer_config.json", special), ("generation_config.json", sampling)):
+        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        (out / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
