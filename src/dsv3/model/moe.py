@@ -63,7 +63,7 @@ class Gate(nn.Module):
         scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         indices = self.choose(scores.detach())
         weights = scores.gather(1, indices)
-        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        if config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
             if config.model_type == "deepseek_v2":
                 return scores, indices, weights  # DeepSeek-V2 normalises or scales, never both

@@ -94,12 +94,14 @@ class Batch:
 class PretrainData:
     """The token stream in its order, cut into rows of seq + 1 that overlap by the one token they share."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, skip: int = 0) -> None:
+        """skip: tokens at the start of the stream that an earlier run has read."""
         self.stream = np.load(folder / "pretrain.npy", mmap_mode="r", allow_pickle=False)
+        self.skip = skip
 
     def batch(self, step: int, stage: Stage) -> Batch:
         need = stage.tokens_per_step
-        start = step * need % (len(self.stream) - need - 1)
+        start = (self.skip + step * need) % (len(self.stream) - need - 1)
         flat = torch.from_numpy(self.stream[start : start + need + 1].astype(np.int64))
         rows = torch.arange(stage.rows).unsqueeze(1) * stage.seq + torch.arange(stage.seq + 1)
         return Batch(flat[rows])
@@ -177,6 +179,15 @@ class Run:
             return
         self.optimizer.load_state(tensors)
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a checkpoint folder, with fresh moments."""
+        source = DeepseekV3.from_pretrained(folder, dtype=torch.float32)
+        if source.config.replace(quantization_config=None, inert={}) != self.model.config.replace(inert={}):
+            raise UserError(f"{folder} is a model of another shape than nano: give a checkpoint of nano")
+        weights = source.state_dict()
+        self.model.load_state_dict(weights)
+        self.optimizer.load_masters({f"master.{name}": weights[name] for name in self.optimizer.masters})
 
 
 def compile_pieces(model: Transformer) -> None:
@@ -275,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
         "--stage", choices=list(STAGES), default="sft", help="evaluate, export: which weights"
     )
     parser.add_argument("--tokens", type=float, help="train on this many instead of the recipe's")
+    parser.add_argument("--init", type=Path, help="start from the weights of this checkpoint folder")
+    parser.add_argument("--skip", type=float, default=0, help="pretrain: tokens of the stream to leave out")
     parser.add_argument("--compile", action="store_true", help="fuse operations with torch.compile")
     args = parser.parse_args(argv)
     try:
@@ -309,11 +322,13 @@ def _dispatch(args: argparse.Namespace) -> None:
         raise UserError(
             f"{needed} does not exist: make it with `python -m dsv3.data.nano MATERIAL {args.data}`"
         )
-    data = PretrainData(args.data) if args.command == "pretrain" else ChatData(args.data)
+    data = PretrainData(args.data, int(args.skip)) if args.command == "pretrain" else ChatData(args.data)
     run = Run(args.run, args.command)
     if run.checkpoint.exists():
         run.load(run.checkpoint)
         print(f"going on from step {run.step}", flush=True)
+    elif args.init is not None:
+        run.start_from(args.init)
     elif args.command == "sft":
         base = args.run / "pretrain" / "state.safetensors"
         if not base.exists():
