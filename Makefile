@@ -8,7 +8,9 @@
 
 VENV    := .venv
 BIN     := $(VENV)/bin
-PIP     := $(BIN)/python -m pip -q --disable-pip-version-check --no-input
+# Settings of a person's pip that would put packages elsewhere do not hold here; where it finds them, it may say.
+PIP     := env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_REQUIRE_HASHES PIP_USER=0 \
+	$(BIN)/python -m pip -q --disable-pip-version-check --no-input
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 MODEL   := nano
 TORCH    = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
@@ -61,6 +63,10 @@ clean: ## remove .venv, caches and builds
 
 # ---- set-up: each step leaves a stamp in .venv and is not done again until what it reads changes ----
 
+# A virtual environment works only where it was made, with the interpreter it was made from.
+MOVED := $(shell [ -f $(VENV)/.place ] && { [ "$$(cat $(VENV)/.place)" = "$(CURDIR)" ] && [ -x $(BIN)/python ] || \
+	rm -rf $(VENV); })
+
 $(BIN)/pip:
 	@for python in $(PYTHONS) ""; do \
 	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && break; \
@@ -70,6 +76,7 @@ $(BIN)/pip:
 	echo "dsv3: first run, setting up $(VENV) with $$python (a minute or two)" >&2; \
 	"$$python" -m venv $(VENV) >&2 || { rm -rf $(VENV); echo "make: $$python cannot make a virtual environment." \
 	    "On Debian or Ubuntu: sudo apt install python3-venv"; exit 1; } >&2
+	@echo "$(CURDIR)" >$(VENV)/.place
 
 # The Linux torch on PyPI is the CUDA build and brings gigabytes of NVIDIA packages. Where there is no NVIDIA GPU we
 # therefore ask by name for the CPU build (+cpu): first wherever pip is configured to look (a mirror, a folder of
@@ -91,6 +98,7 @@ $(VENV)/.torch: requirements-torch.lock | $(BIN)/pip
 $(VENV)/.runtime: $(VENV)/.torch requirements.lock pyproject.toml
 	@$(PIP) install --no-deps -r requirements.lock </dev/null >&2
 	@$(PIP) install --no-deps --no-build-isolation -e . </dev/null >&2
+	@$(BIN)/python -c 'import torch' || { rm $(VENV)/.torch; exit 1; }
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime

@@ -5,7 +5,8 @@ field names, so that any released model of this architecture loads from its own 
 is read by others. Every key of such a file is one of three things here:
 
 - a field below, and then it does what it says;
-- listed in `_INERT`: it changes nothing that is computed, and is carried along so that it is written back;
+- listed in `_INERT`: it changes nothing that is computed, and is carried along so that it is written back
+  (`_FIXED` and `_REPEATED` keys too, once they are seen to say what we compute anyway);
 - refused by name. A switch we do not know may change the numbers, and a model that runs but answers
   differently is worse than one that does not start.
 
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, UserError
 
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 
@@ -40,8 +41,6 @@ _INERT = frozenset(
         "bos_token_id",
         "pad_token_id",
         "ep_size",
-        "head_dim",
-        "qk_head_dim",
         "output_router_logits",
         "router_aux_loss_coef",
         "output_attentions",
@@ -72,6 +71,13 @@ _INERT = frozenset(
     ]
 )
 
+# Keys that repeat another of our sizes: transformers writes them, and reads `head_dim` as the rotary size.
+_REPEATED = {
+    "num_key_value_heads": "num_attention_heads",
+    "head_dim": "qk_rope_head_dim",
+    "qk_head_dim": "qk_head_dim",
+}
+
 # Switches with one value that we compute; any other is refused.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -82,7 +88,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
+    "seq_aux": (True,),  # the balance loss is that of each sequence
 }
+
+_LARGEST = 2**31  # no size, count or id comes near it, and beyond it torch's own arithmetic may overflow
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,8 @@ class YarnConfig:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_range(f"rope_scaling.{f.name}", getattr(self, f.name))
         if self.factor < 1:
             raise ConfigError(
                 f"rope_scaling.factor is {self.factor}: YaRN stretches, so it must be at least 1"
@@ -111,6 +122,18 @@ class YarnConfig:
             raise ConfigError(
                 "rope_scaling.original_max_position_embeddings is "
                 f"{self.original_max_position_embeddings}: it must be the pretraining length in tokens"
+            )
+        for name in ("beta_fast", "beta_slow"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"rope_scaling.{name} is {getattr(self, name)}: it counts turns, so it must be positive"
+                )
+        for name in ("mscale", "mscale_all_dim"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"rope_scaling.{name} is {getattr(self, name)}: it must not be negative")
+        if self.attention_factor is not None and self.attention_factor <= 0:
+            raise ConfigError(
+                f"rope_scaling.attention_factor is {self.attention_factor}: it must be positive"
             )
 
     def magnitude(self, mscale: float) -> float:
@@ -133,7 +156,11 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Configuration of a DeepSeek-V3 model; the defaults are DeepSeek-V3 itself (report, section 4.2)."""
+    """Configuration of a DeepSeek-V3 model.
+
+    The defaults are DeepSeek-V3's (report, section 4.2) but for YaRN, since a file without `rope_scaling` has
+    plain rotary positions; the preset `v3-671b` has it, and is DeepSeek-V3 itself.
+    """
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -162,7 +189,6 @@ class ModelConfig:
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
     aux_loss_alpha: float = 1e-4
-    seq_aux: bool = True
     # positions
     max_position_embeddings: int = 163840
     rope_theta: float = 10000.0
@@ -179,7 +205,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            _check_type(f.name, getattr(self, f.name), str(f.type))
+            value = getattr(self, f.name)
+            _check_type(f.name, value, str(f.type))
+            _check_range(f.name, value)
         for name in [
             "vocab_size",
             "hidden_size",
@@ -207,6 +235,11 @@ class ModelConfig:
             )
         if self.rms_norm_eps <= 0:
             raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps}: it must be positive")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta is {self.rope_theta}: it is a base, so it must be more than 1")
+        for name in ("initializer_range", "n_shared_experts", "first_k_dense_replace", "aux_loss_alpha"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.n_routed_experts is not None:
             self._check_experts(self.n_routed_experts)
 
@@ -218,6 +251,8 @@ class ModelConfig:
                 f"topk_method is {self.topk_method!r}: dsv3 knows 'noaux_tc' (DeepSeek-V3), 'greedy' and "
                 "'group_limited_greedy' (DeepSeek-V2)"
             )
+        if self.routed_scaling_factor <= 0:
+            raise ConfigError(f"routed_scaling_factor is {self.routed_scaling_factor}: it must be positive")
         if self.moe_intermediate_size < 1:
             raise ConfigError(f"moe_intermediate_size is {self.moe_intermediate_size}: it must be at least 1")
         if n_routed_experts < 1 or self.n_group < 1 or n_routed_experts % self.n_group:
@@ -296,24 +331,21 @@ class ModelConfig:
         for name, allowed in _FIXED.items():
             if name in values and values[name] not in allowed:
                 raise ConfigError(f"{name} is {values[name]!r}: dsv3 supports only {allowed[0]!r}")
-        heads = values.get("num_attention_heads", cls.num_attention_heads)
-        if values.get("num_key_value_heads") not in (None, heads):
-            raise ConfigError(
-                f"num_key_value_heads is {values['num_key_value_heads']}: in latent attention every head has its "
-                f"own keys and values, so it must equal num_attention_heads={heads}"
-            )
-        rope = values.pop("rope_parameters", None) or values.get("rope_scaling")
+        older, newer = values.pop("rope_scaling", None), values.pop("rope_parameters", None)
+        rope = newer if older in (None, {}) else older  # as in transformers, should a file have both
         if rope is not None:
-            theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-            if theta is not None:
-                values["rope_theta"] = float(theta)
             values["rope_scaling"] = _read_yarn(rope)
+            if rope.get("rope_theta") is not None:
+                values["rope_theta"] = rope["rope_theta"]
         if model_type == "deepseek_v2":  # transformers' defaults where older files leave them out
             v2: dict[str, Any] = {
                 "scoring_func": "softmax",
                 "topk_method": "greedy",
                 "norm_topk_prob": False,
                 "routed_scaling_factor": 1.0,
+                "n_group": None,
+                "topk_group": None,
+                "first_k_dense_replace": 0,
             }
             values = v2 | values
         for name in ("n_group", "topk_group"):  # null means that groups are not used
@@ -325,7 +357,7 @@ class ModelConfig:
             values["eos_token_id"] = tuple(values["eos_token_id"])
 
         known = {f.name for f in dataclasses.fields(cls)} - {"inert"}
-        inert = {k: v for k, v in values.items() if k in _INERT or k in _FIXED or k == "num_key_value_heads"}
+        inert = {k: v for k, v in values.items() if k in _INERT or k in _FIXED or k in _REPEATED}
         unknown = sorted(values.keys() - known - inert.keys())
         if unknown:
             raise ConfigError(
@@ -340,9 +372,15 @@ class ModelConfig:
             "initializer_range",
             "aux_loss_alpha",
         ):
-            if isinstance(fields.get(name), int):
+            if type(fields.get(name)) is int and abs(fields[name]) < _LARGEST:
                 fields[name] = float(fields[name])
-        return cls(**fields, inert=inert)
+        config = cls(**fields, inert=inert)
+        for name, size in _REPEATED.items():
+            if inert.get(name) not in (None, getattr(config, size)):
+                raise ConfigError(
+                    f"{name} is {inert[name]!r}: in latent attention the other sizes make it {getattr(config, size)}"
+                )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a `config.json` that transformers, vLLM, SGLang and `from_dict` read."""
@@ -352,6 +390,7 @@ class ModelConfig:
             "hidden_act": "silu",
             "num_key_value_heads": self.num_attention_heads,
         } | self.inert
+        values |= {name: getattr(self, size) for name, size in _REPEATED.items() if name in values}
         for f in dataclasses.fields(self):
             if f.name in ("inert", "rope_scaling"):
                 continue
@@ -368,16 +407,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Read a `config.json`; raises ConfigError if it is missing or not JSON."""
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist: a checkpoint folder needs its config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}): download it again") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds a {type(values).__name__}, not an object of config keys")
-        return cls.from_dict(values)
+        return cls.from_dict(read_json(path, ConfigError))
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, checked again."""
@@ -427,13 +457,44 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
+def _check_range(name: str, value: Any) -> None:
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{name} is {number}: it must be finite")
+        if isinstance(number, int) and abs(number) >= _LARGEST:
+            raise ConfigError(f"{name} is {number}: it must be below {_LARGEST:,}")
+
+
 def _check_type(name: str, value: Any, annotation: str) -> None:
     parts = [part.strip() for part in annotation.split("|")]
     for part in parts:
-        if isinstance(value, _TYPES[part]) and not (isinstance(value, bool) and part != "bool"):
+        if isinstance(value, bool) and part != "bool":
+            continue
+        if isinstance(value, tuple) and not all(type(item) is int for item in value):
+            continue
+        if isinstance(value, _TYPES[part]):
             return
     wanted = " or ".join(part.replace("None", "null") for part in parts)
     raise ConfigError(f"{name} is {value!r}: it must be {wanted}")
+
+
+def read_json(path: str | Path, error: type[UserError]) -> dict[str, Any]:
+    """The object in one of a checkpoint's JSON files; raises `error`, in one line, if there is none to be had."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist: download it, or name another folder") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except RecursionError:
+        raise error(f"{path} is not valid JSON (nested too deep): download it again") from None
+    except ValueError as problem:  # also what is not UTF-8, and whole numbers of thousands of digits
+        raise error(f"{path} is not valid JSON ({problem}): download it again") from None
+    if not isinstance(values, dict):
+        raise error(f"{path} holds a {type(values).__name__}, not an object: download it again")
+    return values
 
 
 # Presets -----------------------------------------------------------------------------------------------

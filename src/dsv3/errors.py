@@ -1,8 +1,8 @@
 """Errors that a person can mend.
 
 Everything a user can get wrong (a config, a folder, a prompt) raises a `UserError` whose message is one
-line: the thing, the value it has, and what to do. The command line prints that line and exits with 1;
-any other exception is a defect of dsv3 and keeps its traceback.
+line: the thing, the value it has, and what to do. The command line prints that line and exits with 1, as
+it does for an `OSError`; any other exception is a defect of dsv3 and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,3 +18,12 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, broken, unsafe, or not of this architecture."""
+
+
+def size(n: float) -> str:
+    """Bytes in the decimal units that disks and model cards use, for messages and tables: 688.6 GB."""
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000:
+            return f"{n:,.0f} bytes" if unit == "bytes" else f"{n:,.1f} {unit}"
+        n /= 1000
+    return f"{n:,.1f} GB"

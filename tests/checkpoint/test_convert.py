@@ -98,7 +98,7 @@ def test_tokenizer_template_and_licence_travel_and_the_rest_does_not(bf16: Path,
         "chat_template.jinja",
         "LICENSE",
     ]
-    left = ["optimizer.pt", "pytorch_model.bin", ".gitattributes"]
+    left = ["optimizer.pt", "pytorch_model.bin", ".gitattributes", "modeling_deepseek.py"]
     for name in along + left:
         (source / name).write_text(f"this is {name}")
     (source / "runs").mkdir()
@@ -124,6 +124,42 @@ def test_a_checkpoint_is_not_converted_onto_itself(bf16: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="name another folder"):
         convert(folder, tmp_path / "." / "model", "hf-fp8")
     released.assert_same(released.read(folder), released.read(bf16))
+
+
+def test_nothing_of_another_checkpoint_is_mixed_in(bf16: Path, fp8: Path, tmp_path: Path) -> None:
+    source, out = released.copy(fp8, tmp_path / "source"), released.copy(bf16, tmp_path / "out")
+    (source / "tokenizer.json").write_text("new")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE", "notes.pdf"):
+        (out / name).write_text("old")
+    (out / "runs").mkdir()
+    convert(source, out, "hf-fp8")
+    assert {file.name for file in out.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "notes.pdf",
+        "runs",
+    }
+    assert (out / "tokenizer.json").read_text() == "new"
+    released.assert_same(released.read(out), released.read(fp8))
+    assert {file.name for file in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_config_does_not_name_code_that_stays_behind(bf16: Path, tmp_path: Path) -> None:
+    source = released.copy(bf16, tmp_path / "source")
+    auto_map = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    (source / "config.json").write_text(json.dumps(released.config_of(source) | {"auto_map": auto_map}))
+    convert(source, tmp_path / "out", "hf-bf16")
+    assert released.config_of(tmp_path / "out") == released.config_of(bf16)
+
+
+def test_a_tilde_is_the_home_folder(bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    released.copy(bf16, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="name another folder"):
+        convert(tmp_path / "model", "~/model", "hf-bf16")
+    convert("~/model", "~/out", "hf-bf16")
+    released.assert_same(released.read(tmp_path / "out"), released.read(bf16))
 
 
 def test_unknown_targets_and_broken_sources_write_nothing(bf16: Path, tmp_path: Path) -> None:

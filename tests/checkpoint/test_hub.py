@@ -192,3 +192,13 @@ def test_a_download_that_breaks_off_can_be_resumed(monkeypatch: pytest.MonkeyPat
         CheckpointError, match=r"^org/model could not .*peer closed connection\): run it again to resume$"
     ):
         resolve("org/model")
+
+
+def test_names_of_nothing_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="name is empty: give"):
+        resolve("")
+    for model in ("~nobody-of-this-name/model", Path("~nobody-of-this-name/model")):
+        with pytest.raises(
+            CheckpointError, match=r"^~nobody-of-this-name/model: there is no such home folder"
+        ):
+            resolve(model)

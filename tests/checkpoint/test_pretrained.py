@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 from dsv3.checkpoint import DeepseekV3
 from dsv3.checkpoint.names import table
+from dsv3.checkpoint.pretrained import free_memory
 from dsv3.config import ModelConfig
-from dsv3.errors import CheckpointError, UserError
+from dsv3.errors import CheckpointError, UserError, size
 from tests.checkpoint import released
 
 STYLES = {"V3": released.V3, "Moonlight": released.MOONLIGHT, "V2-Lite": released.V2_LITE}
@@ -149,6 +150,79 @@ def test_weights_load_as_floats_only(bf16: Path) -> None:
         DeepseekV3.from_pretrained(bf16, torch.int8)
 
 
+# What is not loaded --------------------------------------------------------------------------------------
+
+
+def test_without_mtp_the_rest_is_the_same(fp8: Path, tmp_path: Path) -> None:
+    whole = DeepseekV3.from_pretrained(fp8)
+    model = DeepseekV3.from_pretrained(fp8, mtp=False)
+    assert model.config == whole.config.replace(num_nextn_predict_layers=0) and len(model.mtp) == 0
+    main = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("mtp.")}
+    released.assert_same(model.state_dict(), main)
+    model.save_pretrained(tmp_path / "saved")
+    assert not any(".layers.2." in name for name in released.read(tmp_path / "saved"))
+
+
+def test_without_mtp_its_copies_need_not_agree(tmp_path: Path) -> None:
+    weights = released.tensors(released.V3)
+    weights["model.layers.2.embed_tokens.weight"] += 1
+    folder = released.write(tmp_path / "model", released.V3, weights)
+    with pytest.raises(CheckpointError, match="differs"):
+        DeepseekV3.from_pretrained(folder)
+    DeepseekV3.from_pretrained(folder, mtp=False)
+
+
+# Memory --------------------------------------------------------------------------------------------------
+
+
+def numbers(folder: Path) -> int:
+    return sum(parameter.numel() for parameter in DeepseekV3.from_pretrained(folder).parameters())
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
+    bf16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, free = numbers(bf16), 0
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError("nothing may be read or allocated")
+
+    def refusal(dtype: torch.dtype) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            DeepseekV3.from_pretrained(bf16, dtype)
+        return str(caught.value)
+
+    monkeypatch.setattr("dsv3.checkpoint.pretrained.free_memory", lambda device: free)
+    monkeypatch.setattr("dsv3.checkpoint.pretrained._allocate", forbidden)
+    monkeypatch.setattr("dsv3.checkpoint.reader.Checkpoint.get_tensor", forbidden)
+    free = 2 * count
+    assert refusal(torch.float32) == (
+        f"the model needs {size(4 * count)} as float32, but {size(free)} are free on cpu: "
+        f"load it as bfloat16 ({size(2 * count)})"
+    )
+    free = 2 * count - 1
+    for dtype in (torch.float32, torch.bfloat16):
+        assert refusal(dtype).endswith("are free on cpu: it takes a machine with more memory")
+
+
+def test_a_model_that_just_fits_is_loaded(bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free: int | None = 2 * numbers(bf16)
+    monkeypatch.setattr("dsv3.checkpoint.pretrained.free_memory", lambda device: free)
+    DeepseekV3.from_pretrained(bf16)
+    free = None  # of a device that does not tell
+    DeepseekV3.from_pretrained(bf16, torch.float32)
+
+
+def test_free_memory_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 50)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda")) == 130
+    assert free_memory(torch.device("meta")) is None
+    ram = free_memory(torch.device("cpu"))
+    assert ram is not None and ram > 1 << 20
+
+
 # FP8 -----------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +336,7 @@ def test_a_full_disk_is_noticed_before_writing(
 ) -> None:
     model = DeepseekV3.from_pretrained(bf16)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(CheckpointError, match="GB free, but the weights take"):
+    with pytest.raises(CheckpointError, match=r"1\.0 kB free, but the weights take [\d.]+ MB"):
         model.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 

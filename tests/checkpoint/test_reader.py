@@ -75,7 +75,7 @@ def test_config_that_is_refused(bf16: Path, tmp_path: Path) -> None:
 def test_folder_without_weights(tmp_path: Path) -> None:
     folder = released.write(tmp_path / "model", released.V3, released.tensors(released.V3), shards=1)
     (folder / "model.safetensors").unlink()
-    refused(folder, "no weights", "model.safetensors")
+    refused(folder, "no weights", "model.safetensors", "only safetensors are downloaded, never pickles")
 
 
 def test_shards_without_their_index(bf16: Path, tmp_path: Path) -> None:
@@ -142,6 +142,7 @@ def with_header(tmp_path: Path, header: bytes, data: bytes = b"") -> Path:
     "header",
     [
         b"{ this is not json",
+        b"[" * 200_000,
         b"[1, 2]",
         b'{"a": 1}',
         b'{"a": {"dtype": "F32", "shape": [1]}}',
@@ -170,12 +171,21 @@ def test_git_lfs_pointer(bf16: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../../etc/passwd"}}']
+    ("text", "says"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 200_000, "not valid JSON"),
+        ("[]", "holds a list"),
+        ("{}", "is corrupt"),
+        ('{"weight_map": []}', "is corrupt"),
+        ('{"weight_map": {}}', "is empty"),
+        ('{"weight_map": {"a": "../../etc/passwd"}}', "is corrupt"),
+    ],
 )
-def test_corrupt_index(text: str, bf16: Path, tmp_path: Path) -> None:
+def test_corrupt_index(text: str, says: str, bf16: Path, tmp_path: Path) -> None:
     folder = released.copy(bf16, tmp_path / "model")
     (folder / INDEX).write_text(text)
-    refused(folder, INDEX, "is corrupt")
+    refused(folder, INDEX, says)
 
 
 def test_index_that_places_a_tensor_wrongly(bf16: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +69,27 @@ def test_flags_override_the_checkpoints_own(checkpoint: Path, capsys: pytest.Cap
     assert reply("--temperature", "5", "--seed", "2") != free
     assert reply("--temperature", "5", "--top-k", "1") == greedy
     assert reply("--system", "You are a hen.") != greedy
+    assert reply("--presence-penalty", "2") != greedy
+    assert reply("--frequency-penalty", "2") != greedy
+    stops = [greedy[4:7], greedy[2:4]]
+    ends = min(greedy.index(stop) for stop in stops)
+    assert reply("--stop", stops[0], "--stop", stops[1]) == greedy[:ends] + "\n"
+
+
+def test_thinking_is_the_templates(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prompt_tokens(model: Path, *flags: str) -> int:
+        assert main(["chat", str(model), "-p", "fox", "--json", *QUICK, *flags]) == 0
+        tokens: int = json.loads(capsys.readouterr().out)["prompt_tokens"]
+        return tokens
+
+    thinker = shutil.copytree(checkpoint, tmp_path / "thinker")
+    (thinker / "chat_template.jinja").write_text("fox{{ '<think>' if thinking else '</think> </think>' }}")
+    yes, no = prompt_tokens(thinker, "--thinking"), prompt_tokens(thinker, "--no-thinking")
+    assert (yes, prompt_tokens(thinker)) == (no - 2, no)
+    assert main(["chat", str(checkpoint), "-p", "fox", "--thinking"]) == 1
+    assert "--thinking changes nothing" in capsys.readouterr().err
 
 
 def test_json_for_programs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +108,32 @@ def test_empty_stdin_is_said_before_a_model_is_looked_for(
     assert capsys.readouterr().err == (
         "dsv3: standard input is empty: pipe a prompt in, or give one with -p\n"
     )
+
+
+def test_a_prompt_beyond_the_context_is_one_line(
+    checkpoint: Path, stdin: io.BytesIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(stdin, b"fox " * 2000)
+    assert main(["chat", str(checkpoint), *QUICK]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dsv3: the prompt has ") and err.count("\n") == 1
+    assert "shorten it to 511 at most" in err
+
+
+def test_an_interruption_while_the_model_is_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsv3.engine.llm.DeepseekV3.from_pretrained", interrupted)
+    assert main(["chat", str(checkpoint), "-p", "fox"]) == 130
+
+
+def test_a_standard_input_that_is_closed() -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = f"exec {shlex.quote(sys.executable)} -m dsv3.cli.main chat /no/such/model <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, env=env, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "dsv3: standard input is empty: pipe a prompt in, or give one with -p\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
@@ -109,14 +158,17 @@ class Scripted:
     interrupt_after: int | None = None
     max_model_len: int = 100
     seen: Any = None
+    variables: Any = None
 
     class tokenizer:
         @staticmethod
-        def encode_chat(messages: list[Any]) -> list[int]:
+        def encode_chat(messages: list[Any], **variables: Any) -> list[int]:
             return [0] * sum(len(message["content"]) for message in messages)
 
-    def stream_chat(self, messages: list[Any], params: SamplingParams) -> Iterator[RequestOutput]:
-        self.seen = messages
+    def stream_chat(
+        self, messages: list[Any], params: SamplingParams, chat_template_kwargs: Any
+    ) -> Iterator[RequestOutput]:
+        self.seen, self.variables = messages, chat_template_kwargs
         for i, word in enumerate(self.words):
             if i == self.interrupt_after:
                 raise KeyboardInterrupt
@@ -135,6 +187,12 @@ def test_the_conversation_remembers_both_sides() -> None:
     talk.reply("And?")
     assert [m["content"] for m in llm.seen] == ["Be brief.", "Who?", "A fox.", "And?"]
     assert [m["role"] for m in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_what_the_template_takes_goes_with_every_question() -> None:
+    llm = Scripted(["A fox."])
+    session(llm, variables={"thinking": True}).reply("Who?")
+    assert llm.variables == {"thinking": True}
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,18 +260,37 @@ def test_commands(tmp_path: Path) -> None:
         ("/save /no/such/folder/x.json", "cannot write /no/such/folder/x.json: No such file"),
         ("/load /no/such.json", "cannot read /no/such.json: No such file"),
         ("/sav x", "no command /sav"),
+        ("/save .", "'.' names no file"),
+        ("/save /", "'/' names no file"),
+        ("/save ~", "cannot write"),
+        ("/save ..", "cannot write"),
+        ("/save ~nouser/x", "~nouser/x names no file"),
+        ("/load ~nouser/x", "~nouser/x names no file"),
+        ("/load .", "'.' names no file"),
+        ("/save a\0b", r"'a\\x00b' names no file"),
+        ("/load a\0b", r"'a\\x00b' names no file"),
     ],
 )
 def test_commands_that_cannot_be_done_say_why(line: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         session(Scripted(["A"])).command(line)
+    assert not list(Path().glob(".*.partial"))
 
 
 def test_a_file_that_is_no_conversation_is_refused(tmp_path: Path) -> None:
-    for content in ("{", '{"role": "user"}', '[{"role": "robot", "content": "x"}]'):
+    for content in ("{", '{"role": "user"}', '[{"role": "robot", "content": "x"}]', "[" * 100_000):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(UserError):
             load_messages(tmp_path / "x.json")
+
+
+def test_what_is_nested_too_deeply_to_be_saved_is_no_crash(tmp_path: Path) -> None:
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(UserError, match="cannot write"):
+        save_messages(tmp_path / "x.json", [{"role": "user", "content": "x", "more": nested}])  # type: ignore[typeddict-unknown-key]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_leaves_the_old_file_whole_if_it_fails(
@@ -243,9 +320,9 @@ from dsv3.engine.llm import RequestOutput
 
 answer = LLM.stream_chat
 
-def stream_chat(self, messages, params):
+def stream_chat(self, messages, params, **variables):
     if messages[-1]["content"] != "endless":
-        yield from answer(self, messages, params)
+        yield from answer(self, messages, params, **variables)
         return
     words = 0
     while True:

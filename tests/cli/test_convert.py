@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +35,44 @@ def test_a_folder_of_something_else_is_left_alone(
     assert main(["convert", str(checkpoint), str(tmp_path), "--to", "hf-fp8"]) == 1
     assert str(tmp_path) in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["convert", str(checkpoint), "~/out", "--to", "hf-fp8"]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'out'} as hf-fp8")
+
+
+def test_an_interruption_leaves_nothing_and_says_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("dsv3.checkpoint.convert"), "write_weights", interrupted)
+    assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--to", "hf-fp8"]) == 130
+    assert capsys.readouterr() == ("", "dsv3: interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+TERMINATED = """
+import importlib, os, signal, sys
+from dsv3.cli.main import main
+
+def write_weights(folder, *_):
+    (folder / "model.safetensors").write_text("half")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+importlib.import_module("dsv3.checkpoint.convert").write_weights = write_weights
+sys.exit(main(["convert", *sys.argv[1:], "--to", "hf-fp8"]))
+"""
+
+
+def test_a_termination_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = [sys.executable, "-c", TERMINATED, str(checkpoint), str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert list(tmp_path.iterdir()) == []

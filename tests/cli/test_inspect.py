@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsv3.cli.main import main
-from dsv3.cli.units import count, size
+from dsv3.cli.units import count
+from dsv3.errors import size
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -27,7 +28,9 @@ def test_v3_in_a_terminal(
         r"routed experts +653,908,770,816 +20,434,649,088",
         r"main model +671,026,419,200 +37,552,297,472",
         r"as files count them +684,489,845,504",
-        r"fp8 +684\.9 GB +688\.6 GB",
+        r"bf16 +1,365\.\d GB +1,369\.\d GB +(fits|does not fit)",
+        r"fp8 +684\.9 GB +688\.6 GB +stored only",
+        r"int8 \(estimate\) +[\d.]+ GB +not in dsv3",
         r"int4 \(estimate\) +355\.1 GB",
         r"one token +70,272 bytes",
         r"128K tokens +9\.2 GB",
@@ -43,6 +46,7 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(part["total"] for part in facts["parameters"]["parts"]) == facts["parameters"]["with_mtp"]
     assert facts["cache"] == {"dtype": "bf16", "per_token": 70_272, "at_128k": 70_272 * 131_072}
     assert [w["format"] for w in facts["weights"] if w["estimate"]] == ["int8", "int4"]
+    assert facts["machine"][0]["context"].keys() == {"fp32", "bf16"}, "dsv3 does not run the other formats"
     assert facts["machine"][0]["name"] == "RAM" and facts["checkpoint"] is None
     assert facts["config"]["num_hidden_layers"] == 61
 
@@ -52,6 +56,7 @@ def test_a_checkpoint_tells_what_lies_on_disk(checkpoint: Path, capsys: pytest.C
     out = capsys.readouterr().out
     assert re.search(r"checkpoint +bfloat16 \+ float32, [\d.]+ kB, 135 tensors in 1 file", out), out
     assert re.search(r"bf16 .*fits, 512 tokens", out), out
+    assert re.search(r"512 tokens +[\d.]+ kB *\n128K tokens +[\d.]+ MB, beyond its context", out), out
     assert main(["inspect", str(checkpoint), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["checkpoint"]["tensors"] == 135
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "a", "b"], 2, "--to"),
         (["inspect", "/no/such/folder"], 1, "/no/such/folder"),
         (["inspect", "no-such-preset"], 1, "no-such-preset"),
+        (["inspect", ""], 1, "name is empty"),
+        (["inspect", "~nobody-of-this-name/model"], 1, "no such home folder"),
+        (["inspect", "x" * 300], 1, "x" * 300),
+        (["convert", "nano", "/dev/null/x", "--to", "hf-bf16"], 1, "/dev/null/x"),
         (["chat", "/no/such/folder", "-p", "hi"], 1, "/no/such/folder"),
         (["chat", "-p", " "], 1, "prompt is empty"),
         (["convert", "/no/such/folder", "out", "--to", "hf-bf16"], 1, "/no/such/folder"),
@@ -68,6 +73,47 @@ def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("dsv3.checkpoint.summary.summarize", interrupted)
     assert main(["inspect", "tiny"]) == 130
+
+
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(model: str) -> None:
+        Path(model).read_text()
+
+    monkeypatch.setattr("dsv3.checkpoint.summary.summarize", refused)
+    assert main(["inspect", "/no/such/file"]) == 1
+    assert capsys.readouterr().err == "dsv3: /no/such/file: No such file or directory\n"
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of sh in which `$dsv3` is the command."""
+    env = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
+        "dsv3": f"{sys.executable} -m dsv3.cli.main",
+    }
+    return subprocess.run(["sh", "-c", line], env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "err"),
+    [
+        ("$dsv3 chat <&-", 1, "dsv3: standard input is empty"),
+        ("$dsv3 --help >&-", 0, ""),
+        ("$dsv3 chat -p ' ' 2>&-", 1, ""),
+        ("$dsv3 --version | true", 0, ""),
+        pytest.param(
+            "$dsv3 --version >/dev/full",
+            1,
+            "dsv3: No space left on device",
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full"),
+        ),
+    ],
+)
+def test_streams_that_are_closed_or_full(line: str, status: int, err: str) -> None:
+    done = shell(line)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(err) and done.stderr.count("\n") == bool(err), done.stderr
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,17 @@ def test_stop_token_ids() -> None:
     assert sequence.finish_reason == "stop"
 
 
+def test_min_tokens() -> None:
+    prompt = prompts([6])[0]
+    plain = greedy(prompt, 3)
+    e = engine(end_ids=plain[:1])
+    params = SamplingParams(temperature=0.0, max_tokens=12, min_tokens=5, stop_token_ids=plain[1:])
+    sequence = e.sequence(prompt, params)
+    run(e, sequence)
+    assert len(sequence.output_ids) >= 5
+    assert not set(sequence.output_ids[:5]) & set(plain)
+
+
 @pytest.mark.parametrize("max_tokens", [None, 1000])
 def test_the_end_of_the_context(max_tokens: int | None) -> None:
     e = engine(max_model_len=20)
@@ -244,11 +255,21 @@ def test_prompts_that_cannot_be_served(ids: list[int], says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_model_len": 1}, {"max_model_len": 513}, {"max_num_seqs": 0}, {"max_batched_tokens": 0}]
+    "wrong",
+    [
+        {"max_model_len": 1},
+        {"max_model_len": 513},
+        {"max_model_len": 1.5},
+        {"max_model_len": "abc"},
+        {"max_num_seqs": 0},
+        {"max_num_seqs": True},
+        {"max_batched_tokens": 0},
+        {"max_batched_tokens": "1"},
+    ],
 )
-def test_engines_that_cannot_be(wrong: dict[str, int]) -> None:
+def test_engines_that_cannot_be(wrong: dict[str, object]) -> None:
     ((name, value),) = wrong.items()
-    with pytest.raises(UserError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=f"{name} is {value!r}"):
         engine(**wrong)
 
 

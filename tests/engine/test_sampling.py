@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dsv3.engine.sampling import (
-    PREFIXES,
+    PREFIX,
     Sampler,
     SamplingParams,
     distribution,
@@ -63,7 +63,7 @@ def filters(draw: st.DrawFn) -> SamplingParams:
 
 @given(
     st.lists(filters(), min_size=1, max_size=5),
-    st.sampled_from([2, 60, PREFIXES[0], 1000, PREFIXES[1] + 500]),
+    st.sampled_from([2, 60, PREFIX, PREFIX + 1, 5000]),
     st.sampled_from([0.01, 1.0, 6.0]),
     st.integers(0, 10_000),
 )
@@ -97,10 +97,10 @@ def test_top_p_sees_only_what_top_k_left() -> None:
 
 
 def test_without_filters_nothing_is_ruled_out() -> None:
-    logits = torch.randn(2, 3 * PREFIXES[0])
+    logits = torch.randn(2, 3 * PREFIX)
     rows = [SamplingParams(), SamplingParams(top_p=0.5)]  # together with one that filters, too
     torch.testing.assert_close(distribution(logits, rows)[0], logits[0].softmax(-1))
-    assert (distribution(logits, rows)[1] > 0).sum() < 3 * PREFIXES[0]
+    assert (distribution(logits, rows)[1] > 0).sum() < 3 * PREFIX
 
 
 # Penalties ----------------------------------------------------------------------------------------------
@@ -109,10 +109,8 @@ def test_without_filters_nothing_is_ruled_out() -> None:
 @given(st.floats(0.2, 3), st.lists(st.integers(0, 19), min_size=1, max_size=30), st.integers(0, 10_000))
 def test_repetition_penalty_is_transformers(penalty: float, said: list[int], seed: int) -> None:
     logits = 3 * torch.randn(1, 20, generator=torch.Generator().manual_seed(seed))
-    seen = torch.zeros(1, 20, dtype=torch.bool)
-    seen[0, said] = True
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([said]), logits.clone())
-    torch.testing.assert_close(penalize_repetition(logits, seen, penalty), theirs)
+    torch.testing.assert_close(penalize_repetition(logits[0, said], penalty), theirs[0, said])
 
 
 def test_presence_and_frequency_penalties_by_hand() -> None:
@@ -145,6 +143,18 @@ def test_penalties_follow_prompt_and_output(seed: int) -> None:
         output.append(penalized.token_id)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_until_there_are_min_tokens_nothing_ends_the_text(temperature: float) -> None:
+    logits = torch.tensor([[9.0, 1.0, 8.0, 0.0]])
+    params = SamplingParams(temperature=temperature, min_tokens=3, logprobs=1)
+    # A tokenizer may know more ids than the model has words.
+    sampler = Sampler(params, [0], seed=0, end_ids=[0, 2, 400])
+    said = [sample(logits, [sampler])[0] for _ in range(3)]
+    assert {token.token_id for token in said} <= {1, 3}
+    assert all(token.logprobs is not None and list(token.logprobs.top) == [0] for token in said)
+    assert sample(logits, [sampler])[0].token_id in (0, 2)
+
+
 # The draw -----------------------------------------------------------------------------------------------
 
 
@@ -172,6 +182,12 @@ def test_samples_follow_the_distribution() -> None:
     assert ((counts > 0) == (expected > 0)).all()
     # Within five standard deviations of a binomial count.
     assert ((counts / n - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all(), counts / n
+
+
+def test_seeds_differ_by_their_sign_too() -> None:
+    draws = {seed: [Sampler(SamplingParams(), [0], seed).uniform()] for seed in (7, -7, 8)}
+    assert draws[7] != draws[-7] and draws[7] != draws[8]
+    assert draws[7] == [Sampler(SamplingParams(), [0], 7).uniform()]
 
 
 def test_greedy_is_the_largest_logit_whatever_the_filters() -> None:
@@ -235,6 +251,9 @@ def test_not_a_number(value: float) -> None:
         ("max_tokens", 0, "a whole number at least 1, or None"),
         ("max_tokens", 2.5, "a whole number at least 1, or None"),
         ("max_tokens", True, "a whole number at least 1, or None"),
+        ("min_tokens", -1, "a whole number at least 0"),
+        ("min_tokens", None, "a whole number at least 0"),
+        ("ignore_eos", 1, "True or False"),
         ("temperature", -0.1, "a number at least 0"),
         ("temperature", float("nan"), "a number at least 0"),
         ("temperature", float("inf"), "a number at least 0"),
@@ -263,6 +282,7 @@ def test_params_out_of_range(name: str, value: object, says: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens is 4: it must be at most max_tokens, 3"),
         ({"stop": ["a", ""]}, "stop has ''"),
         ({"stop": [3]}, "stop has 3"),
         ({"stop": 3}, "stop is 3: it must be a list"),

@@ -85,6 +85,12 @@ def test_the_token_that_ends_the_text_is_no_part_of_it() -> None:
     assert (s.finish_reason, s.output.text, s.output_ids) == ("stop", "ab", [0, 1, 2])
 
 
+def test_the_end_of_text_can_be_ignored() -> None:
+    s = sequence(["a", "END", "b"], end_ids=frozenset({1}), ignore_eos=True, stop_token_ids=[2])
+    feed(s, 3)
+    assert (s.finish_reason, s.output.text, s.output_ids) == ("stop", "aEND", [0, 1, 2])
+
+
 def test_what_was_held_back_comes_out_at_the_end_of_text() -> None:
     s = sequence(["a", "<", "END"], end_ids=frozenset({2}), stop="</s>")
     feed(s, 2)

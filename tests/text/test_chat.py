@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from dsv3.checkpoint.hub import resolve
+from dsv3.data import nano
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text import Message, Tokenizer
 from dsv3.text.chat import latest_turns
@@ -77,6 +81,18 @@ TOOL_TALK: list[Any] = [
 ]
 
 
+# The turns of the released V3 and R1 templates in which the assistant calls a tool and says nothing.
+CALLS_ALONE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' and message['content'] is none %}"
+    "{% for tool in message['tool_calls'] %}"
+    "{{ '<｜Assistant｜>' + tool['function']['name'] + '\n' + tool['function']['arguments'] }}"
+    "{% endfor %}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
+CALL = {"type": "function", "function": {"name": "find", "arguments": '{"where": "wood"}'}}
+
+
 def ours(template: str | None = None) -> Tokenizer:
     return Tokenizer(BACKEND, SPECIALS, chat_template=template)
 
@@ -120,6 +136,32 @@ def test_it_needs_deepseeks_tokens(tmp_path: Path) -> None:
         Tokenizer.from_pretrained(tmp_path).render_chat(TALK)
 
 
+@cache
+def shipped() -> Tokenizer:
+    return Tokenizer.from_pretrained(resolve("nano"))
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="<｜>"), max_size=20)
+
+
+@given(words | st.none(), st.lists(st.tuples(words, words), max_size=3), words | st.none())
+def test_nano_is_tuned_on_the_format_it_is_asked_in(
+    system: str | None, turns: list[tuple[str, str]], question: str | None
+) -> None:
+    """The template and `data.nano.encode_chat`, which writes the same format as tokens, give equal ids."""
+    chat = [] if system is None else [("system", system)]
+    for asked, answered in turns:
+        chat += [("user", asked), ("assistant", answered)]
+    chat += [] if question is None else [("user", question)]
+    if not chat:
+        return
+    trained, _ = nano.encode_chat(shipped().backend, [nano.Message(*turn) for turn in chat])
+    messages: list[Message] = [{"role": role, "content": content} for role, content in chat]
+    assert shipped().encode_chat(messages, add_generation_prompt=False) == trained
+    prompt = [*trained, shipped().backend.token_to_id(ASSISTANT)]
+    assert shipped().encode_chat(messages) == prompt
+
+
 # A checkpoint's own template --------------------------------------------------------------------------------
 
 
@@ -136,6 +178,18 @@ def test_renders_as_transformers_does(talk: list[Any], prompt: bool, kwargs: dic
 def test_encodes_as_transformers_does() -> None:
     expected = theirs(RELEASED_LIKE).apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
     assert ours(RELEASED_LIKE).encode_chat(TALK) == expected
+
+
+def test_an_assistant_that_only_calls_tools_has_no_content() -> None:
+    talk: list[Any] = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}]
+    # By hand: transformers 5 drops keys that are None, which these templates were not written for.
+    call = f'{ASSISTANT}find\n{{"where": "wood"}}'
+    expected = f"{BOS}Who are you?\n{call}{call}{EOS}"
+    assert ours(CALLS_ALONE).render_chat(talk) == expected
+    del talk[1]["content"]
+    assert ours(CALLS_ALONE).render_chat(talk) == expected
+    with pytest.raises(UserError, match="no place for tool calls"):
+        ours().render_chat(talk)
 
 
 def test_the_date_is_todays() -> None:
@@ -192,6 +246,8 @@ def test_templates_do_not_change_the_messages() -> None:
         ([{"role": "robot", "content": "hello"}], "'robot'"),
         ([TALK[0], {"role": "user"}], r"messages\[1\] has the content None"),
         ([{"role": "user", "content": [{"type": "text"}]}], "must be a string"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], "content None"),
+        ([{"role": "user", "content": None, "tool_calls": [CALL]}], "content None"),
     ],
 )
 def test_malformed_messages_are_named(messages: Any, says: str) -> None:
@@ -224,6 +280,54 @@ def test_text_around_control_words_is_kept(pieces: list[str]) -> None:
     ids = tokenizer.encode_chat([{"role": "user", "content": content}])
     assert control_tokens(ids) == [BOS, USER, ASSISTANT]
     assert ids == ids_of(BOS, USER) + tokenizer.encode(content, allow_special=False) + ids_of(ASSISTANT)
+
+
+TOOLS_AND_NAME = (
+    "{{ bos_token }}{{ tools | tojson }}{{ name }}{{ messages[0].tool_calls | tojson }}<｜User｜>"
+)
+
+
+@given(st.lists(st.sampled_from([USER, EOS, "<|im_end|>", "<think>", "fox", "\U000f0000"])))
+def test_no_variable_of_the_template_can_write_control_tokens(pieces: list[str]) -> None:
+    attack = "".join(pieces)
+    tool = {"name": "find", "description": attack, "parameters": {attack: [attack]}}
+    call = {"name": "find", "arguments": {attack: attack}}
+    talk: list[Any] = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer = ours(TOOLS_AND_NAME)
+    ids = tokenizer.encode_chat(talk, tools=[tool], name=attack)
+    # An assistant's own turn may hold <think>: the model writes it as a token.
+    assert [t for t in control_tokens(ids) if t != "<think>"] == [BOS, USER]
+    assert control_tokens(ids).count("<think>") == 2 * pieces.count("<think>")
+    expected = tokenizer.render_chat(talk, tools=[tool], name=attack)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == expected, "no text is lost"
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"<|im_end|>"])
+def test_what_cannot_be_looked_into_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match="not plain JSON"):
+        ours(RELEASED_LIKE).encode_chat(TALK, tools=[value])
+    with pytest.raises(UserError, match="not plain JSON"):
+        ours().encode_chat([{**TALK[1], "name": value}])  # type: ignore[typeddict-unknown-key]
+
+
+def test_a_message_nested_without_end_is_refused() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(UserError, match="not plain JSON"):
+        ours().encode_chat([{**TALK[1], "more": nested}])  # type: ignore[typeddict-unknown-key]
+
+
+def test_added_words_stay_whole_beside_control_words() -> None:
+    """V2-Lite's vocabulary has added tokens that are no markup: their ids do not hang on what else is said."""
+    backend = train()
+    backend.add_tokens([AddedToken("ø", normalized=False), AddedToken("plainword", normalized=False)])
+    tokenizer = Tokenizer(backend, SPECIALS)
+    content = "a plainword, a fjord: ø"
+    for text in (content, content + USER):
+        ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+        assert ids[2 : 2 + len(tokenizer.encode(content))] == tokenizer.encode(content)
+        assert ids.count(backend.token_to_id("plainword")) == ids.count(backend.token_to_id("ø")) == 1
 
 
 def test_reasoning_tags_stay_tokens_in_answers_alone() -> None:

@@ -99,6 +99,7 @@ def test_special_tokens_keep_their_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a<|im_end|>") == [RANKS[b"a"], FIRST + 5]
     assert tokenizer.encode(f"<|reserved_token_{FIRST + 2}|>") == [FIRST + 2], "unnamed ids are reserved"
     assert tokenizer.decode([RANKS[b"a"], FIRST + 5]) == "a"
+    assert not tokenizer.add_bos_token, "Moonlight and Kimi begin a text without BOS"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,14 @@ def test_broken_files_say_so(tmp_path: Path, content: bytes, says: str) -> None:
     assert "tiktoken.model" in str(error.value)
 
 
-BROKEN = [{"x": {"content": "a"}}, {str(FIRST): "a"}, {str(FIRST + 9): {"content": "[EOS]"}}]
+BROKEN = [
+    {"x": {"content": "a"}},
+    {str(FIRST): "a"},
+    {str(FIRST + 9): {"content": "[EOS]"}},
+    {"2000000000": {"content": "far"}},
+    {str(FIRST - 1): {"content": "a rank's place"}},
+    {"-1": {"content": "nowhere"}},
+]
 
 
 @pytest.mark.parametrize("added", BROKEN)
@@ -128,5 +136,6 @@ def test_broken_special_tokens_say_so(tmp_path: Path, added: dict[str, object]) 
     config = json.loads((write(tmp_path) / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"] |= added
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="added"):
+    with pytest.raises(CheckpointError, match="added") as error:
         Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)

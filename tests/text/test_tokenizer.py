@@ -9,6 +9,8 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text import Tokenizer
@@ -34,6 +36,38 @@ def test_bos_is_put_in_front_once_and_only_when_asked() -> None:
     assert TOKENIZER.encode("a fox", add_bos=True) == [TOKENIZER.bos_token_id, *TOKENIZER.encode("a fox")]
     assert TOKENIZER.bos_token_id not in TOKENIZER.encode("a fox")
     assert Tokenizer(train()).encode("a", add_bos=True) == Tokenizer(train()).encode("a"), "no BOS to add"
+
+
+BYTE_LEVEL = processors.ByteLevel(trim_offsets=False)
+WITH_BOS = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)])
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "flag", "begins"),
+    [
+        pytest.param(BYTE_LEVEL, True, True, id="DeepSeek-V3"),
+        pytest.param(BYTE_LEVEL, False, False, id="switched off"),
+        pytest.param(BYTE_LEVEL, None, False, id="nothing said"),
+        pytest.param(None, None, False, id="no post-processor"),
+        pytest.param(WITH_BOS, None, True, id="a post-processor that adds it"),
+        pytest.param(WITH_BOS, False, False, id="the flag counts first"),
+    ],
+)
+def test_bos_begins_a_text_where_it_does_in_transformers(
+    tmp_path: Path, post_processor: processors.PostProcessor | None, flag: bool | None, begins: bool
+) -> None:
+    backend = train()
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    flags = {} if flag is None else {"add_bos_token": flag}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, **flags)
+    tokenizer = Tokenizer.from_pretrained(save(tmp_path, backend, add_bos_token=flag))
+    assert tokenizer.add_bos_token is begins
+    assert tokenizer.encode("a fox", add_bos=tokenizer.add_bos_token) == theirs("a fox")["input_ids"]
+
+
+def test_a_text_that_brings_its_bos_gets_no_second() -> None:
+    assert TOKENIZER.encode(BOS + "a fox", add_bos=True) == TOKENIZER.encode("a fox", add_bos=True)
 
 
 def test_decode_leaves_special_tokens_out_unless_asked() -> None:
@@ -94,16 +128,41 @@ def test_bos_that_is_switched_off_stays_off(tmp_path: Path) -> None:
         ({"tokenizer.json": "", "tokenizer_config.json": "{"}, "tokenizer_config.json is not valid JSON"),
         ({"tokenizer.json": "", "tokenizer_config.json": "[]"}, "tokenizer_config.json holds a list"),
         ({"tokenizer.json": train().to_str(), "tokenizer_config.json": '{"eos_token": "</s>"}'}, "'</s>'"),
+        ({"tokenizer.json": train().to_str(), "tokenizer_config.json": "[" * 100_000}, "is not valid JSON"),
+        ({"tokenizer.json": train().to_str(), "generation_config.json": "[" * 100_000}, "is not valid JSON"),
+        (
+            {"tokenizer.json": train().to_str(), "chat_template.jinja": "caf\xe9"},
+            "chat_template.jinja is not UTF-8",
+        ),
     ],
 )
 def test_missing_and_broken_files_say_so_in_one_line(
     tmp_path: Path, files: dict[str, str], says: str
 ) -> None:
     for name, content in files.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / name).write_text(content, encoding="latin-1" if name.endswith(".jinja") else "utf-8")
     with pytest.raises(CheckpointError, match=says) as error:
         Tokenizer.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "config.json",
+    ],
+)
+def test_files_that_cannot_be_read_are_not_called_broken(tmp_path: Path, name: str) -> None:
+    save(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()  # the administrator, who may run this, may read whatever is a file
+    with pytest.raises(CheckpointError) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert str(error.value) == f"{tmp_path / name} cannot be read: Is a directory"
 
 
 def test_other_kinds_of_tokenizer_are_refused_by_name(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def save(folder: Path, tokenizer: Tokenizer | None = None, **config: object) -> 
         "eos_token": EOS,
         "pad_token": PAD,
         "unk_token": None,
+        "add_bos_token": True,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(values | config))
     return folder

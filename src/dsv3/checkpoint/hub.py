@@ -13,6 +13,7 @@ from pathlib import Path
 from dsv3.errors import CheckpointError
 
 NANO = "nano"
+_CHOICES = f"a checkpoint's folder, a hub id such as deepseek-ai/DeepSeek-V3, or {NANO}"
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # What a model needs, from the top folder of its repository; never code and never a pickle.
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tiktoken.model", "LICENSE*"]
@@ -27,16 +28,23 @@ def resolve(model: str | Path, weights: bool = True) -> Path:
     """
     if model == NANO:
         return Path(__file__).parents[1] / "assets" / NANO
-    path = Path(model).expanduser()
+    if model == "":
+        raise CheckpointError(f"the model's name is empty: give {_CHOICES}")
+    path = expand(model)
     if path.exists() or isinstance(model, Path):
         return path
     hub_id = _HUB_ID.fullmatch(model)
     if hub_id is None:
-        raise CheckpointError(
-            f"{model} does not exist: give a checkpoint's folder, a hub id such as deepseek-ai/DeepSeek-V3, "
-            f"or {NANO}"
-        )
+        raise CheckpointError(f"{model} does not exist: give {_CHOICES}")
     return _download(hub_id[1], hub_id[2], _REFUSED if weights else [*_REFUSED, "*.safetensors"])
+
+
+def expand(path: str | Path) -> Path:
+    """The path with a folder in the place of `~`; raises CheckpointError if the user has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CheckpointError(f"{path}: there is no such home folder: write the path out") from None
 
 
 def _download(repo: str, revision: str | None, refused: list[str]) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from dsv3.checkpoint.writer import (
     write_config,
     write_weights,
 )
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, size
 from dsv3.model import Transformer
 from dsv3.model.rope import Rope
 from dsv3.quant.fp8 import dequantize_blocks
@@ -39,22 +40,28 @@ class DeepseekV3(Transformer):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         progress: bool = False,
+        mtp: bool = True,
     ) -> Self:
         """Load a checkpoint: a folder, `nano`, or a hub id (`org/name`, `org/name@revision`).
 
         dtype: of the weights in memory (float32, bfloat16 or float16); by default as stored, and bfloat16
-        for FP8, which is dequantised. The correction biases keep their stored dtype. Needs little more
-        memory than the model itself. Raises CheckpointError before allocating anything if the folder is
-        not whole.
+        for FP8, which is dequantised. The correction biases keep their stored dtype. mtp: whether to load the
+        multi-token prediction modules, which plain generation does not need; without them the config counts
+        none. Takes little more memory than the model itself. Raises CheckpointError before allocating
+        anything if the folder is not whole, or the model larger than what is free.
         """
         checkpoint = open_checkpoint(resolve(path))
+        if not mtp:
+            checkpoint = checkpoint.without_mtp()
         dtype = dtype or checkpoint.dtype
         if dtype not in FLOATS:
             raise CheckpointError(f"dtype is {dtype}: load weights as float32, bfloat16 or float16")
-        checkpoint.check_copies()
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(quantization_config=None))
-        state = _allocate(model, checkpoint, dtype, torch.device(device))
+        device = torch.device(device)
+        check_memory(model, dtype, device)
+        checkpoint.check_copies()
+        state = _allocate(model, checkpoint, dtype, device)
         _fill(state, checkpoint, progress)
         model.load_state_dict(state, assign=True)
         if model.config.tie_word_embeddings:
@@ -94,6 +101,36 @@ class DeepseekV3(Transformer):
             quantization = QUANTIZATION if format == "fp8" else None
             write_config(folder, self.config.to_dict(), DTYPES[format], quantization)
             write_weights(folder, infos, tensors(), max_shard_size)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that tensors on a device may still take; None where there is no telling."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type == "cuda":  # what torch holds but does not use is free too
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    return None
+
+
+def check_memory(model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise CheckpointError if the device lacks the memory for a model of this shape and dtype.
+
+    The alternatives are an allocation that fails halfway, or a kernel that ends the process.
+    """
+    free, numbers = free_memory(device), sum(parameter.numel() for parameter in model.parameters())
+    needed = numbers * dtype.itemsize
+    if free is None or needed <= free:
+        return
+    halved = numbers * torch.bfloat16.itemsize
+    if halved < needed and halved <= free:
+        advice = f"load it as bfloat16 ({size(halved)})"
+    else:
+        advice = "it takes a machine with more memory"
+    name = str(dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"the model needs {size(needed)} as {name}, but {size(free)} are free on {device}: {advice}"
+    )
 
 
 def _allocate(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsv3.checkpoint.names import EMBEDDING, HEAD, SCALE_SUFFIX, Piece, mtp_prefix, table
 from dsv3.checkpoint.shards import TensorInfo, read_header
-from dsv3.config import ModelConfig
+from dsv3.config import ModelConfig, read_json
 from dsv3.errors import CheckpointError
 from dsv3.quant.fp8 import BLOCK, scale_shape
 
@@ -71,6 +71,13 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """What to load the weights as if nothing else is asked for: bfloat16 where they are FP8."""
         return torch.bfloat16 if self.quantized else self.tensors[EMBEDDING].dtype
+
+    def without_mtp(self) -> Checkpoint:
+        """The same folder, of which the multi-token prediction modules will not be read."""
+        config = self.config.replace(num_nextn_predict_layers=0)
+        return replace(
+            self, config=config, pieces={n: p for n, p in table(config).items() if n in self.pieces}
+        )
 
     def stream(self) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
         """Every tensor of the model as stored, with its scale where it is FP8, shard by shard.
@@ -204,18 +211,17 @@ def _read_shards(folder: Path) -> dict[str, dict[str, TensorInfo]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        items = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is corrupt ({problem}): download it again") from None
-    for name, file in items:
+    weight_map = read_json(path, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path} is corrupt: it has no object 'weight_map': download it again")
+    if not weight_map:
+        raise CheckpointError(f"{path} is empty: its weight_map names no tensor: download it again")
+    for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{path} is corrupt: it places {name} in {file!r}, not in a file beside it")
         if Path(file).suffix in PICKLES:
             raise CheckpointError(_pickle_message(path.parent, file))
-    return dict(items)
+    return weight_map
 
 
 def _no_weights_message(folder: Path) -> str:
@@ -226,7 +232,10 @@ def _no_weights_message(folder: Path) -> str:
         return f"{folder} has {shards[0]} but no {INDEX}, which says what is in the shards: download it"
     if pickles:
         return _pickle_message(folder, pickles[0])
-    return f"{folder} has no weights: neither {SINGLE} nor {INDEX}"
+    return (
+        f"{folder} has no weights: neither {SINGLE} nor {INDEX} (from the hub only safetensors are downloaded, "
+        "never pickles)"
+    )
 
 
 def _check_names(

@@ -82,7 +82,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             end += info.nbytes
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a corrupt header ({error}): download it again") from None
     wanted = 8 + length + end
     if size < wanted:

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dsv3.checkpoint.hub import NANO, resolve
+from dsv3.checkpoint.hub import NANO, expand, resolve
 from dsv3.checkpoint.names import HEAD, Piece, table
 from dsv3.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
 from dsv3.checkpoint.writer import Format, plan
@@ -60,6 +60,11 @@ class Weights:
     """Main model and MTP modules, without copies."""
     disk: int | None
     """As a checkpoint, with MTP's copies; None where dsv3 does not write the format: `memory` is a guess."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether dsv3 computes with weights in this format, and does not only store them."""
+        return self.format in ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ def summarize(model: str) -> Summary:
     Of weights in a folder the headers are read; from the hub none are downloaded. Raises UserError if there
     is no such model, or a folder's weights do not make a whole one.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
     if path.suffix == ".json" and not path.is_dir():
         return Summary(ModelConfig.from_json(path))
     shipped = model == NANO and resolve(NANO).is_dir()

@@ -11,26 +11,36 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.hub import expand
 from dsv3.checkpoint.names import SCALE_SUFFIX, Piece
 from dsv3.checkpoint.reader import CONFIG, FP8, INDEX, SINGLE
 from dsv3.checkpoint.shards import TensorInfo, write_shard
-from dsv3.errors import CheckpointError, UserError
+from dsv3.errors import CheckpointError, UserError, size
 from dsv3.quant.fp8 import dequantize_blocks, quantize_blocks, scale_shape
 
 Format = Literal["bf16", "fp8", "fp32"]
 SHARD_SIZE = 5_000_000_000
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Of what a format does not quantise."""
+_RESTATED = (
+    "torch_dtype",
+    "dtype",
+    "quantization_config",
+    "auto_map",
+)  # `dtype`: a newer name of `torch_dtype`
 
 
 def stored_dtype(piece: Piece, dtype: torch.dtype, format: Format | Literal["same"]) -> torch.dtype:
@@ -78,8 +88,10 @@ def write_weights(
     total = sum(info.nbytes for info in infos)
     free = shutil.disk_usage(folder).free
     if total > free:
-        gigabytes = f"{free / 1e9:.1f} GB free, but the weights take {total / 1e9:.1f} GB"
-        raise CheckpointError(f"{folder.parent} has {gigabytes}: free some, or name a folder on another disk")
+        raise CheckpointError(
+            f"{folder.parent} has {size(free)} free, but the weights take {size(total)}: free some, or name a "
+            "folder on another disk"
+        )
     shards = _split(infos, max_shard_size)
     if len(shards) == 1:
         write_shard(folder / SINGLE, shards[0], tensors)
@@ -107,10 +119,11 @@ def _split(infos: Sequence[TensorInfo], max_shard_size: int) -> list[list[Tensor
 def write_config(
     folder: Path, values: Mapping[str, Any], dtype: torch.dtype, quantization: Mapping[str, Any] | None
 ) -> None:
-    """Write `config.json`, with the dtype of what is not quantised and how the rest is."""
-    values = dict(values)
-    for key in ("dtype", "quantization_config"):  # `dtype` is a newer name of `torch_dtype`
-        values.pop(key, None)
+    """Write `config.json`, with the dtype of what is not quantised and how the rest is.
+
+    `auto_map` is left out: it names code beside the weights, and we write none.
+    """
+    values = {key: value for key, value in values.items() if key not in _RESTATED}
     values["torch_dtype"] = str(dtype).removeprefix("torch.")
     if quantization is not None:
         values["quantization_config"] = quantization
@@ -121,38 +134,78 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def is_weights(file: Path) -> bool:
+    """Whether a file of a checkpoint is its config, or some of its weights."""
+    return file.suffix == ".safetensors" or file.name in (CONFIG, INDEX)
+
+
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, is_replaced: Callable[[Path], bool] = is_weights) -> Iterator[Path]:
     """Give an empty folder beside `out` that becomes `out` if all goes well, and vanishes if not.
 
-    `out` may be an existing checkpoint: its config and weights are replaced, its other files (tokenizer,
-    model card) stay. Any other folder with something in it is refused.
+    `out` may be an existing checkpoint: what `is_replaced` goes, its other files (tokenizer, model card) stay.
+    Any other folder with something in it is refused.
     """
-    out = out.expanduser().resolve()
+    out = expand(out).resolve()
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file: name a folder to write the checkpoint to")
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
         raise CheckpointError(
             f"{out} is neither empty nor a checkpoint, so nothing was written: name a new folder"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.{state}") for state in ("partial", "old"))
-    new.mkdir()
+    if out.is_mount():
+        raise CheckpointError(f"{out} is a mount point, which cannot be replaced: name a folder in it")
+    here = f".{out.name}.{platform.node()}-"
+    new = out.with_name(f"{here}{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
-        yield new
-        if out.exists():
-            os.rename(out, old)
-        os.rename(new, out)
-        if old.exists():
-            _carry_over(old, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out.parent, here)
+        new.mkdir()
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+        raise CheckpointError(f"{out} cannot be written ({problem}): name a folder elsewhere") from None
+    try:
+        try:
+            yield new
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note("nothing was written")
+            raise
+        _exchange(new, out, is_replaced)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _carry_over(old: Path, new: Path) -> None:
-    """Move what is neither config nor weights, and has not been written anew."""
+def _remove_stale(parent: Path, here: str) -> None:
+    """Remove what processes of this machine left there when they were killed; `here` is what its name begins with."""
+    for folder in parent.iterdir():
+        process = re.fullmatch(re.escape(here) + r"(\d+)-[0-9a-f]{8}\.partial", folder.name)
+        if process is not None and not psutil.pid_exists(int(process[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(new: Path, out: Path, is_replaced: Callable[[Path], bool]) -> None:
+    """Put `new` in the place of `out`, and what is replaced of `out`, if it is there, in the place of `new`."""
+    if not out.exists():
+        os.rename(new, out)
+        return
+    old = new.with_suffix(".old")
+    try:
+        os.rename(out, old)
+        os.rename(new, out)
+    except BaseException as error:
+        if old.exists() and not out.exists():
+            _put_back(old, out, error)
+        raise
     for file in old.iterdir():
-        is_weights = file.suffix == ".safetensors" or file.name in (CONFIG, INDEX)
-        if not is_weights and not (new / file.name).exists():
-            os.rename(file, new / file.name)
+        if not is_replaced(file) and not (out / file.name).exists():
+            os.rename(file, out / file.name)
+    os.rename(old, new)
+
+
+def _put_back(old: Path, out: Path, error: BaseException) -> None:
+    try:
+        os.rename(old, out)
+    except OSError:
+        raise CheckpointError(
+            f"{out} could not be replaced ({error}), nor put back: it is at {old} now, move it yourself"
+        ) from None

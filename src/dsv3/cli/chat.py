@@ -66,6 +66,19 @@ def chat(
         float | None, _sampling("Keep the likeliest, and what is this likely beside it.", min=0, max=1)
     ] = None,
     repetition_penalty: Annotated[float | None, _sampling("Above 1 repeats less.", min=0)] = None,
+    presence_penalty: Annotated[
+        float | None, _sampling("Above 0 avoids what it has said.", min=-2, max=2)
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, _sampling("The same, once for each time.", min=-2, max=2)
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer; give it again for more.")
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="Reason first or not, where the chat format has both."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -92,9 +105,17 @@ def chat(
         "top_k": top_k,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": stop,
     }
     given = {name: value for name, value in wanted.items() if value is not None}
-    session = Session(llm, dataclasses.replace(llm.default_params, **given), system)
+    if thinking is not None and "thinking" not in (llm.tokenizer.chat_template or ""):
+        raise UserError(
+            f"--thinking changes nothing: the chat template of {model} does not know it, leave it out"
+        )
+    variables = {} if thinking is None else {"thinking": thinking}
+    session = Session(llm, dataclasses.replace(llm.default_params, **given), system, variables)
     if prompt is None:
         session.run(f"{model} · {llm.max_model_len:,} tokens of context")
     else:
@@ -117,8 +138,12 @@ class Answer:
 class Session:
     """A conversation at the terminal: what was said so far, and what the next line does to it."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str = "") -> None:
+    def __init__(
+        self, llm: LLM, params: SamplingParams, system: str = "", variables: dict[str, Any] | None = None
+    ) -> None:
+        """variables: what the chat template is given besides the messages."""
         self.llm, self.params, self.system = llm, params, system
+        self.variables = variables or {}
         self.turns: list[Message] = []
         self.dropped = 0
         self.notes = Console(stderr=True, highlight=False, markup=False)
@@ -134,7 +159,8 @@ class Session:
         """Stream the answer to `write`. An interruption ends it, and what there is of it is returned."""
         answer, first = Answer(), (0, 0.0)
         try:
-            with closing(self.llm.stream_chat(messages, self.params)) as outputs:
+            stream = self.llm.stream_chat(messages, self.params, chat_template_kwargs=self.variables)
+            with closing(stream) as outputs:
                 for output in outputs:
                     answer.text += output.delta  # first: what was shown must be kept
                     write(output.delta)
@@ -183,7 +209,8 @@ class Session:
 
         context = self.llm.max_model_len
         room = context - min(self.params.max_tokens or context, context // 4)
-        kept = latest_turns(self.messages, lambda m: len(self.llm.tokenizer.encode_chat(m)) <= room)
+        encode = self.llm.tokenizer.encode_chat
+        kept = latest_turns(self.messages, lambda m: len(encode(m, **self.variables)) <= room)
         dropped = len(self.messages) - len(kept)
         if dropped > self.dropped:
             self._note(f"the context is full: the model no longer sees the oldest {dropped} messages")
@@ -244,7 +271,7 @@ class Session:
                 self._note(f"saved {len(self.messages)} messages to {argument}")
             case "/load":
                 messages = load_messages(Path(argument))
-                self.system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+                self.system = "\n\n".join(m["content"] or "" for m in messages if m["role"] == "system")
                 self.turns, self.dropped = [m for m in messages if m["role"] != "system"], 0
                 self._note(f"loaded {len(messages)} messages from {argument}")
             case _:
@@ -254,7 +281,7 @@ class Session:
 
 def save_messages(path: Path, messages: list[Message]) -> None:
     """Write a conversation as JSON. The file is there whole or not at all."""
-    path = path.expanduser()
+    path = _file(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
@@ -264,20 +291,34 @@ def save_messages(path: Path, messages: list[Message]) -> None:
         with suppress(OSError):
             new.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+    except RecursionError as error:  # what was loaded may be nested too deeply to be written
+        raise UserError(f"cannot write {path}: {error}") from None
 
 
 def load_messages(path: Path) -> list[Message]:
     """Read a conversation that `save_messages` wrote."""
     from dsv3.text.chat import check_messages
 
+    path = _file(path)
     try:
-        messages: Any = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        messages: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a saved conversation: {error}") from None
     check_messages(messages)
     return list(messages)
+
+
+def _file(path: Path) -> Path:
+    """The path with `~` written out; raises UserError where it cannot be a file's."""
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} names no file: {error}") from None
+    if not path.name or "\0" in str(path):
+        raise UserError(f"{str(path)!r} names no file: give one such as talk.json")
+    return path
 
 
 def _write(text: str) -> None:

@@ -1,7 +1,7 @@
 """`dsv3 convert`: a checkpoint in another format.
 
-What is in the wanted format already stays bit for bit. Tokenizer, chat template and licence go along. The
-folder appears once it is complete.
+What is in the wanted format already stays bit for bit. Tokenizer, chat template and licence go along, code does
+not. The folder appears once it is complete, and takes the place of a checkpoint that was there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dsv3.cli.units import size
+from dsv3.errors import size
 
 
 def convert(
@@ -29,10 +29,15 @@ def convert(
 ) -> None:
     """Convert a checkpoint, tensor by tensor: it may be larger than memory."""
     from dsv3.checkpoint.convert import convert as run
-    from dsv3.checkpoint.hub import resolve
+    from dsv3.checkpoint.hub import expand, resolve
     from dsv3.checkpoint.reader import open_checkpoint
 
-    run(resolve(model), out, to, progress=sys.stderr.isatty())
+    out = expand(out)
+    try:
+        run(resolve(model), out, to, progress=sys.stderr.isatty())
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["dsv3: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
+        raise
     written = open_checkpoint(out)
     facts = {"out": str(out), "format": to, "shards": len(written.shards), "bytes": written.nbytes}
     if as_json:

@@ -11,10 +11,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from dsv3.cli.units import count, size
+from dsv3.cli.units import count
+from dsv3.errors import size
 
 if TYPE_CHECKING:  # the module imports torch, which --help does not wait for
-    from dsv3.checkpoint.summary import Pool, Summary
+    from dsv3.checkpoint.summary import Pool, Summary, Weights
 
 LONG = 131_072  # the context that the technical report extends to, 128K
 
@@ -64,7 +65,7 @@ def _facts(model: str, summary: Summary, pools: list[Pool]) -> dict[str, Any]:
                 "name": pool.name,
                 "total": pool.total,
                 "free": pool.free,
-                "context": {w.format: summary.context_in(pool, w) for w in summary.weights},
+                "context": {w.format: summary.context_in(pool, w) for w in summary.weights if w.runs},
             }
             for pool in pools
         ],
@@ -126,19 +127,25 @@ def _weights(summary: Summary, pools: list[Pool]) -> Table:
     for weights in summary.weights:
         disk = "" if weights.disk is None else size(weights.disk)
         name = f"{weights.format}{' (estimate)' if weights.disk is None else ''}"
-        rooms = [summary.context_in(pool, weights) for pool in pools]
-        fits = ["does not fit" if room is None else f"fits, {room:,} tokens" for room in rooms]
-        table.add_row(name, size(weights.memory), disk, *fits)
+        table.add_row(name, size(weights.memory), disk, *(_fits(summary, weights, pool) for pool in pools))
     table.caption = "dsv3 runs models in fp32 or bf16, whatever they are stored in."
     return table
+
+
+def _fits(summary: Summary, weights: Weights, pool: Pool) -> str:
+    """Only of a format that dsv3 computes with can one say that the model runs here."""
+    if not weights.runs:
+        return "stored only" if weights.disk is not None else "not in dsv3"
+    room = summary.context_in(pool, weights)
+    return "does not fit" if room is None else f"fits, {room:,} tokens"
 
 
 def _cache(summary: Summary) -> Table:
     per_token, longest = summary.cache_per_token(), summary.config.max_position_embeddings
     rows = {"one token": f"{per_token:,} bytes"}
-    if longest > LONG:
-        rows["128K tokens"] = size(LONG * per_token)
-    rows[f"{longest:,} tokens"] = size(longest * per_token)
+    for length in sorted({LONG, longest}):
+        name = "128K tokens" if length == LONG else f"{length:,} tokens"
+        rows[name] = size(length * per_token) + (", beyond its context" if length > longest else "")
     return _grid("Latent cache in bf16", rows)
 
 

@@ -1,15 +1,19 @@
 """The entry point of `dsv3`: which commands there are, and how they end.
 
-Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted. What a person can mend (`UserError`, or a flag
-that is not one) is one line on standard error; anything else is a defect of dsv3 and keeps its traceback.
-Commands import what they need when they run, so that `dsv3 --help` does not wait for torch.
+Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 terminated. What a person can mend (`UserError`,
+`OSError`, or a flag that is not one) is one line on standard error; anything else is a defect of dsv3 and keeps
+its traceback. Commands import what they need when they run, so that `dsv3 --help` does not wait for torch.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import current_thread, main_thread
 from typing import Annotated, cast
 
 import typer
@@ -55,16 +59,43 @@ def dsv3(
         print(context.get_help())
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that it clears away what it has half done."""
+    if current_thread() is not main_thread():  # only there may signals be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own; returns the exit status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started (`dsv3 chat <&-`)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows ? instead
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     command = typer.main.get_command(app)
     try:
-        status = command.main(None if args is None else list(args), prog_name="dsv3", standalone_mode=False)
+        with _terminable():
+            status = command.main(
+                None if args is None else list(args), prog_name="dsv3", standalone_mode=False
+            )
+            sys.stdout.flush()
     except UserError as error:
         print(f"dsv3: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:  # a stream: what it still holds must not fail again when Python ends
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if not isinstance(error, BrokenPipeError):
+            place = "" if error.filename is None else f"{error.filename}: "
+            print(f"dsv3: {place}{error.strerror or error}", file=sys.stderr)
         return 1
     except _ClickError as error:
         context = getattr(error, "ctx", None)

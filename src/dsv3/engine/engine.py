@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dsv3.engine.cache import LatentCache
 from dsv3.engine.machine import fitting_tokens
 from dsv3.engine.runner import ModelRunner
-from dsv3.engine.sampling import SamplingParams, sample
+from dsv3.engine.sampling import SamplingParams, is_whole, sample
 from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence, TextDecoder
 from dsv3.errors import UserError
@@ -56,13 +56,13 @@ class Engine:
         weight = model.embed_tokens.weight
         fitting = fitting_tokens(config, weight.dtype, weight.device)
         for name, value in (("max_num_seqs", max_num_seqs), ("max_batched_tokens", max_batched_tokens)):
-            if value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+            if not is_whole(value) or value < 1:
+                raise UserError(f"{name} is {value!r}: it must be a whole number, at least 1")
         if max_model_len is None:
             max_model_len = min(config.max_position_embeddings, max(fitting, 2))
-        if not 2 <= max_model_len <= config.max_position_embeddings:
+        if not is_whole(max_model_len) or not 2 <= max_model_len <= config.max_position_embeddings:
             raise UserError(
-                f"max_model_len is {max_model_len}: it must be between 2 and the model's "
+                f"max_model_len is {max_model_len!r}: it must be a whole number between 2 and the model's "
                 f"max_position_embeddings, {config.max_position_embeddings}"
             )
         self.config = config
@@ -80,6 +80,8 @@ class Engine:
 
     def sequence(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
         """A request, checked but not yet added. Raises UserError if this model cannot serve it."""
+        if not isinstance(params, SamplingParams):
+            raise UserError(f"sampling_params is a {type(params).__name__}: give a SamplingParams")
         vocab = self.config.vocab_size
         if not prompt_ids:
             raise UserError("the prompt is empty: give it at least one token")

@@ -8,31 +8,37 @@ It puts a checkpoint, its tokenizer and an engine together, and speaks the words
     for output in llm.stream("Once upon a time"):
         print(output.delta, end="")
 
+A prompt is a text, the ids of its tokens, or either in a dict as vLLM has it: `{"prompt": "Once"}`,
+`{"prompt_token_ids": [0, 7]}`. What a chat template takes besides the messages goes in `chat_template_kwargs`
+(`{"thinking": True}` for DeepSeek-V3.1) and `tools`.
+
 Prompts given together run together. A stream works while it is being read; reading several at once, or
 generating while one is open, moves them all along, and closing one early frees its place.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+import torch
 
 from dsv3.checkpoint.hub import resolve
 from dsv3.checkpoint.pretrained import DeepseekV3
+from dsv3.config import read_json
 from dsv3.engine.engine import Engine
 from dsv3.engine.machine import choose_device, choose_dtype
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
 from dsv3.engine.sequence import FinishReason, Sequence
-from dsv3.errors import UserError
+from dsv3.errors import CheckpointError, UserError
 from dsv3.model import Transformer
 from dsv3.text import Message, Tokenizer
 
-Prompt = str | Seq[int]
-"""A text, or the ids of its tokens."""
+Prompt = str | Seq[int] | Mapping[str, Any]
+"""A text, the ids of its tokens, or one of these under `prompt` or `prompt_token_ids`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class RequestOutput:
     prompt: str | None
     """The prompt's text, a chat's as the template renders it; None where token ids were given."""
     prompt_token_ids: list[int]
+    """The same list in all outputs of a stream."""
     text: str
     """Without special tokens, and up to the stop string if there was one."""
     token_ids: list[int]
@@ -72,8 +79,8 @@ class LLM:
         model: str | Path | Transformer = "nano",
         *,
         tokenizer: Tokenizer | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         seed: int = 0,
@@ -90,7 +97,7 @@ class LLM:
             place = choose_device(device)
             tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
             self.default_params = read_generation_config(folder)
-            model = DeepseekV3.from_pretrained(folder, choose_dtype(dtype, place), place, progress)
+            model = DeepseekV3.from_pretrained(folder, choose_dtype(dtype, place), place, progress, mtp=False)
         elif tokenizer is None:
             raise UserError("tokenizer is None: a model that is not a checkpoint folder needs one given")
         self.model = model
@@ -115,18 +122,25 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Continue one prompt or several, with the same params or one each; outputs in the prompts' order."""
-        together: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
+        together: list[Any] = list(prompts) if _is_several(prompts) else [prompts]
         return self._run([self._encode(prompt) for prompt in together], sampling_params)
 
     def chat(
         self,
         messages: Seq[Message] | Seq[Seq[Message]],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        tools: Seq[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several at once; outputs in their order."""
-        one = all(isinstance(message, Mapping) for message in messages)
+        """Answer one conversation, or several at once; outputs in their order.
+
+        tools and chat_template_kwargs are the template's variables, in every conversation.
+        """
+        one = not isinstance(messages, Seq) or all(isinstance(message, Mapping) for message in messages)
         conversations: list[Any] = [messages] if one else list(messages)
-        return self._run([self._encode_chat(conversation) for conversation in conversations], sampling_params)
+        variables = _variables(tools, chat_template_kwargs)
+        return self._run([self._encode_chat(chat, variables) for chat in conversations], sampling_params)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -138,29 +152,43 @@ class LLM:
         return self._follow(*self._encode(prompt), sampling_params)
 
     def stream_chat(
-        self, messages: Seq[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Seq[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Seq[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[RequestOutput, None, None]:
-        """Answer a conversation as a stream; see `stream`."""
-        return self._follow(*self._encode_chat(messages), sampling_params)
+        """Answer a conversation as a stream; see `stream` and `chat`."""
+        variables = _variables(tools, chat_template_kwargs)
+        return self._follow(*self._encode_chat(messages, variables), sampling_params)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            ids, bos = self.tokenizer.encode(prompt), self.tokenizer.bos_token_id
-            return prompt, ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        if not _all_ints(prompt):
-            raise UserError(f"a prompt is {prompt!r}: it must be a text or a list of token ids")
-        return None, list(prompt)
+        text: object = prompt
+        ids: object = prompt
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if isinstance(text, str) and (text is prompt or len(prompt) == 1):
+            return text, self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos_token)
+        if _are_ids(ids) and (ids is prompt or len(prompt) == 1):
+            return None, list(ids)
+        keys = f" of {', '.join(map(repr, prompt))}" if isinstance(prompt, Mapping) else ""
+        raise UserError(
+            f"a prompt is a {type(prompt).__name__}{keys}: give a text, a list of token ids, "
+            "{'prompt': text} or {'prompt_token_ids': ids}"
+        )
 
-    def _encode_chat(self, messages: Seq[Message]) -> tuple[str, list[int]]:
-        return self.tokenizer.render_chat(messages), self.tokenizer.encode_chat(messages)
+    def _encode_chat(self, messages: Seq[Message], variables: dict[str, Any]) -> tuple[str, list[int]]:
+        text = self.tokenizer.render_chat(messages, **variables)
+        return text, self.tokenizer.encode_chat(messages, **variables)
 
     def _run(
         self, prompts: list[tuple[str | None, list[int]]], params: SamplingParams | Seq[SamplingParams] | None
     ) -> list[RequestOutput]:
-        if params is None or isinstance(params, SamplingParams):
-            each = [params or self.default_params] * len(prompts)
-        else:
+        if isinstance(params, Seq):
             each = list(params)
+        else:
+            each = [self.default_params if params is None else params] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(
                 f"there are {len(each)} sampling_params for {len(prompts)} prompts: give one, or one each"
@@ -181,7 +209,7 @@ class LLM:
     def _follow(
         self, text: str | None, prompt_ids: list[int], params: SamplingParams | None
     ) -> Generator[RequestOutput, None, None]:
-        sequence = self.engine.sequence(prompt_ids, params or self.default_params)
+        sequence = self.engine.sequence(prompt_ids, self.default_params if params is None else params)
 
         def pieces() -> Generator[RequestOutput, None, None]:
             shown = 0
@@ -217,17 +245,15 @@ def _output(prompt: str | None, sequence: Sequence, shown: int = 0) -> RequestOu
 def read_generation_config(folder: Path) -> SamplingParams:
     """The default params of a checkpoint, from its `generation_config.json` if it has one.
 
-    Like vLLM, we take the numbers and leave `do_sample` aside. Raises UserError if the file is broken.
+    Like vLLM, we take the numbers and leave `do_sample` aside. Raises CheckpointError if the file is broken.
     """
     path = folder / "generation_config.json"
-    if not path.exists():
-        return SamplingParams()
+    values = read_json(path, CheckpointError) if path.exists() else {}
+    found = {name: values.get(key) for name, key in _GENERATION_KEYS.items()}
     try:
-        values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-        found = {name: values.get(key) for name, key in _GENERATION_KEYS.items()}
         return SamplingParams(**{name: value for name, value in found.items() if value is not None})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a generation config ({error}): mend it or remove it") from None
+    except UserError as error:
+        raise CheckpointError(f"{path} is not a generation config ({error}): mend it or remove it") from None
 
 
 _GENERATION_KEYS = {
@@ -240,9 +266,24 @@ _GENERATION_KEYS = {
 }
 
 
-def _is_one(prompt: object) -> bool:
-    return isinstance(prompt, str) or _all_ints(prompt)
+def _variables(tools: Seq[Mapping[str, Any]] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a chat template is given besides the messages."""
+    if kwargs is None:
+        return {"tools": tools}
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise UserError(
+            f"chat_template_kwargs is {kwargs!r}: give a dict of the template's variables by name"
+        )
+    return {"tools": tools, **kwargs}
 
 
-def _all_ints(prompt: object) -> bool:
-    return isinstance(prompt, Seq) and bool(prompt) and all(type(token_id) is int for token_id in prompt)
+def _is_several(prompts: object) -> bool:
+    return _is_list(prompts) and not (prompts and _are_ids(prompts))
+
+
+def _are_ids(prompt: object) -> TypeGuard[Seq[int]]:
+    return _is_list(prompt) and all(type(token_id) is int for token_id in prompt)
+
+
+def _is_list(value: object) -> TypeGuard[Seq[Any]]:
+    return isinstance(value, Seq) and not isinstance(value, str | bytes | bytearray)

@@ -20,13 +20,13 @@ CACHE_SHARE = 0.5
 """The part of the free memory that the cache may take; the rest is for activations and everybody else."""
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str | torch.device) -> torch.device:
     """ "auto" is the GPU where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"device is {name!r}: it must be auto, cpu, cuda, or one GPU such as cuda:0")
@@ -37,13 +37,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the hardware multiplies it, which halves memory and time, else float32."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" or cpu_has_bf16() else torch.float32
-    if name not in DTYPES:
+    dtype = DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None:
         raise UserError(f"dtype is {name!r}: it must be auto, {' or '.join(DTYPES)}")
-    return DTYPES[name]
+    return dtype
 
 
 def cpu_has_bf16() -> bool:

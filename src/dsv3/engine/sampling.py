@@ -3,7 +3,8 @@
 A model gives one number (logit) per word of the vocabulary; softmax makes them probabilities. What happens
 between is the request's choice, and always in this order:
 
-1. penalties, on what was said before: repetition (prompt and output), then frequency and presence (output);
+1. what ends the text is ruled out until there are min_tokens, then come penalties on what was said before:
+   repetition (prompt and output), frequency and presence (output);
 2. temperature 0 takes the largest logit and stops here; any other divides the logits;
 3. top_k keeps the k likeliest, top_p the fewest of those that together hold that share of the probability,
    min_p those at least that fraction as likely as the likeliest (the order of transformers);
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ from dsv3.errors import UserError
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them overflows and changes nothing."""
 
-PREFIXES = (256, 4096)
+PREFIX = 256
 """How many of the likeliest words are looked at before all of a large vocabulary is sorted."""
 
 
@@ -40,6 +42,8 @@ class SamplingParams:
 
     max_tokens: int | None = 256
     """Most tokens to generate; None goes on until the context is full."""
+    min_tokens: int = 0
+    """Until there are so many, no token that would end the answer is chosen; texts in `stop` still end it."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -55,6 +59,8 @@ class SamplingParams:
     """Texts that end the answer and are not part of it; stored as a tuple."""
     stop_token_ids: Sequence[int] = ()
     """Tokens that end the answer, besides the model's own; stored as a tuple."""
+    ignore_eos: bool = False
+    """The model's own end of text does not end the answer: for benchmarks."""
     seed: int | None = None
     """The same seed gives the same draws; None takes the engine's next."""
     logprobs: int | None = None
@@ -70,13 +76,19 @@ class SamplingParams:
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"{name} is {value!r}: it must be {allowed}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UserError(
+                f"min_tokens is {self.min_tokens}: it must be at most max_tokens, {self.max_tokens}"
+            )
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos is {self.ignore_eos!r}: it must be True or False")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop has {text!r}: each stop must be a text of at least one character")
         for token_id in self.stop_token_ids:
-            if not _is_whole(token_id) or token_id < 0:
+            if not is_whole(token_id) or token_id < 0:
                 raise UserError(f"stop_token_ids has {token_id!r}: each must be a token id, 0 or above")
-        if self.seed is not None and not _is_whole(self.seed):
+        if self.seed is not None and not is_whole(self.seed):
             raise UserError(f"seed is {self.seed!r}: it must be a whole number, or None")
 
     @property
@@ -120,6 +132,7 @@ class _Range(NamedTuple):
 
 _RANGES = {
     "max_tokens": _Range(1, whole=True, optional=True),
+    "min_tokens": _Range(0, whole=True),
     "temperature": _Range(0),
     "top_p": _Range(0, 1, above=True),
     "top_k": _Range(-1, whole=True),
@@ -131,7 +144,7 @@ _RANGES = {
 }
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -154,31 +167,44 @@ class Sampled:
 class Sampler:
     """What one request carries from token to token: its params, its random numbers, and what was said."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], seed: int | str) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int], seed: int | str, end_ids: Iterable[int] = ()
+    ) -> None:
+        """end_ids: what min_tokens rules out."""
         self.params = params
-        self.random = random.Random(seed)
-        self.simple = params.greedy and not params.penalizes and params.logprobs is None
+        self.random = random.Random(str(seed))  # of a number it would take the magnitude alone
+        self.adjusts = params.penalizes or params.min_tokens > 0
+        self.simple = params.greedy and not self.adjusts and params.logprobs is None
         self._prompt_ids = prompt_ids
-        self._seen: Tensor | None = None
+        self._end_ids = list(end_ids)
+        self._generated = 0
+        self._said: Tensor | None = None
+        """Ids of prompt and output; which of them is there twice does not matter."""
         self._counts: Tensor | None = None
+        """[vocab] float32: how often each word is in the output."""
 
     def uniform(self) -> float:
         """The next random number, in [0, 1) and so far from 1 that times a total it stays below the total."""
         return self.random.getrandbits(48) * 2.0**-48
 
-    def penalize(self, logits: Tensor) -> Tensor:
-        """logits: [vocab] float32, after which this request's penalties are in."""
+    def adjust(self, logits: Tensor) -> None:
+        """logits: [vocab] float32; min_tokens and penalties are put into them, at the few words they concern."""
         params = self.params
-        if self._seen is None or self._counts is None:
+        if self._generated < params.min_tokens:
+            logits[[i for i in self._end_ids if i < len(logits)]] = -math.inf
+        if not params.penalizes:
+            return
+        if self._said is None or self._counts is None:
+            self._said = torch.tensor(self._prompt_ids, device=logits.device).unique()
             self._counts = torch.zeros_like(logits)
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[torch.tensor(self._prompt_ids, device=logits.device)] = True
-        logits = penalize_repetition(logits, self._seen, params.repetition_penalty)
-        return penalize_output(logits, self._counts, params.presence_penalty, params.frequency_penalty)
+        said = penalize_repetition(logits[self._said], params.repetition_penalty)
+        counts = self._counts[self._said]
+        logits[self._said] = penalize_output(said, counts, params.presence_penalty, params.frequency_penalty)
 
     def observe(self, token_id: int) -> None:
-        if self._seen is not None and self._counts is not None:
-            self._seen[token_id] = True
+        self._generated += 1
+        if self._said is not None and self._counts is not None:
+            self._said = torch.cat([self._said, self._said.new_tensor([token_id])])
             self._counts[token_id] += 1
 
 
@@ -191,11 +217,11 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
         return [Sampled(token_id) for token_id in likeliest(logits)]
     logits = logits.float()
     adjusted = logits
-    penalized = [i for i, sampler in enumerate(samplers) if sampler.params.penalizes]
-    if penalized:
+    adjusting = [i for i, sampler in enumerate(samplers) if sampler.adjusts]
+    if adjusting:
         adjusted = logits.clone()
-        for i in penalized:
-            adjusted[i] = samplers[i].penalize(logits[i])
+        for i in adjusting:
+            samplers[i].adjust(adjusted[i])
 
     token_ids = likeliest(adjusted)
     drawing = [i for i, sampler in enumerate(samplers) if not sampler.params.greedy]
@@ -205,7 +231,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
         drawn = draw(weights, [samplers[i].uniform() for i in drawing])
         for i, token_id in zip(drawing, drawn.tolist(), strict=True):
             token_ids[i] = token_id
-    for i in penalized:
+    for i in adjusting:
         samplers[i].observe(token_ids[i])
 
     reports: dict[int, TokenLogprobs] = {}
@@ -228,16 +254,16 @@ def likeliest(logits: Tensor) -> list[int]:
     return token_ids
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Push down what was seen (arXiv 1909.05858, section 4.1, with the sign handled as transformers does).
+def penalize_repetition(logits: Tensor, penalty: float) -> Tensor:
+    """Push down what was said (arXiv 1909.05858, section 4.1, with the sign handled as transformers does).
 
-    logits: [..., vocab]; seen: bool, the same shape. Penalties below 1 push up.
+    logits: [...], those of words in prompt or output. Penalties below 1 push up.
     """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def penalize_output(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
-    """OpenAI's two penalties. logits: [..., vocab]; counts: how often each word is in the output so far."""
+    """OpenAI's two penalties. logits: [...]; counts: how often each of the words is in the output so far."""
     return logits - frequency * counts - presence * (counts > 0)
 
 
@@ -260,19 +286,25 @@ def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     top_p = column([p.top_p if p.top_p < 1 else 2.0 for p in params])  # 2: sums round, and all must stay
     min_p = column([p.min_p for p in params])
 
-    for width in (*PREFIXES, vocab):
-        ranked = probs.topk(min(width, vocab), dim=-1).values
-        # What comes after is less likely still: it matters only to a row that no rule cuts off before.
-        rest_is_out = (top_k <= width) | (ranked.sum(-1, keepdim=True) >= top_p)
-        rest_is_out |= ranked[:, -1:] < min_p * ranked[:, :1]
-        if bool(rest_is_out.all()):
-            break
+    ranked = probs.topk(min(PREFIX, vocab), dim=-1).values
+    # What comes after is less likely still: it matters only to a row that no rule cuts off before.
+    rest_is_out = (top_k <= PREFIX) | (ranked.sum(-1, keepdim=True) >= top_p)
+    rest_is_out |= ranked[:, -1:] < min_p * ranked[:, :1]
+    if not bool(rest_is_out.all()):
+        ranked = in_order(probs)
     in_top_k = ranked >= ranked.gather(1, (top_k - 1).clamp_(max=ranked.shape[1] - 1))
     total = torch.where(top_k < vocab, (ranked * in_top_k).sum(-1, keepdim=True), 1.0)
     before = ranked.cumsum(dim=-1) - ranked
     kept = in_top_k & (before < top_p * total) & (ranked >= min_p * ranked[:, :1])
     least = ranked.gather(1, (kept.sum(-1, keepdim=True) - 1).clamp_(min=0))
     return probs.masked_fill(probs < least, 0.0)
+
+
+def in_order(probs: Tensor) -> Tensor:
+    """Each row sorted, largest first. On a CPU by NumPy, whose vectorised sort is many times torch's speed."""
+    if probs.device.type == "cpu":
+        return torch.from_numpy(np.sort(probs.numpy(), axis=-1)).flip(-1)
+    return probs.sort(dim=-1, descending=True).values
 
 
 def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:

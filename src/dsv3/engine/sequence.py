@@ -79,16 +79,17 @@ class Sequence:
     ) -> None:
         """end_ids: the model's own end-of-text tokens; max_model_len: most tokens, prompt included."""
         self.tokens = list(prompt_ids)
-        self.prompt_length = len(prompt_ids)
+        self.prompt_ids = list(prompt_ids)
+        """Every output shares this list: a long prompt is not copied for each token."""
         self.params = params
-        self.sampler = Sampler(params, prompt_ids, seed)
+        self.end_ids = (frozenset() if params.ignore_eos else end_ids).union(params.stop_token_ids)
+        self.sampler = Sampler(params, prompt_ids, seed, self.end_ids)
         self.computed = 0
         """How many tokens have their latents in the cache."""
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprobs] = []
         self.output = OutputText(decoder, tuple(params.stop))
-        self.end_ids = end_ids.union(params.stop_token_ids)
-        self.limit = min(max_model_len, self.prompt_length + (params.max_tokens or max_model_len))
+        self.limit = min(max_model_len, len(prompt_ids) + (params.max_tokens or max_model_len))
         """The most tokens it can come to."""
 
     @property
@@ -97,12 +98,8 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def prompt_ids(self) -> list[int]:
-        return self.tokens[: self.prompt_length]
-
-    @property
     def output_ids(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
+        return self.tokens[len(self.prompt_ids) :]
 
     @property
     def finished(self) -> bool:

@@ -13,8 +13,11 @@ Latent attention (MLA) can be computed in two ways that give the same numbers:
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_FEW = 32  # tokens for which it is cheaper to multiply by a whole matrix than to copy half of it
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -48,3 +51,23 @@ def latent_attention(
         q[:, None], kv, kv, attn_mask=None if mask is None else mask[:, None], scale=scale
     )
     return out[:, 0, :, :rank]
+
+
+def per_head(x: Tensor, weight: Tensor, part: slice, transposed: bool = False) -> Tensor:
+    """Each head's x times a part of that head's matrix: how absorption moves an expansion from context to token.
+
+    x: [tokens, heads, in]; weight: [heads, rows, cols], of which only the rows in `part` count. Returns
+    x @ weight[:, part] for in = rows of the part, [tokens, heads, cols]; or if `transposed`, for in = cols,
+    x @ weight[:, part].T, [tokens, heads, rows of the part].
+    """
+    x = x.transpose(0, 1)
+    if weight.is_cpu and weight.dtype == torch.bfloat16 and x.shape[1] <= _FEW:
+        # oneDNN copies a matrix with gaps between the heads; reading the other rows as well is 2 to 4 times faster.
+        if transposed:
+            out = torch.bmm(x, weight.transpose(1, 2))[..., part]
+        else:
+            out = torch.bmm(F.pad(x, (part.start, weight.shape[1] - part.stop)), weight)
+    else:
+        rows = weight[:, part]
+        out = torch.bmm(x, rows.transpose(1, 2) if transposed else rows)
+    return out.transpose(0, 1)

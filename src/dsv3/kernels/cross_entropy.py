@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], _PIECE):
             piece = slice(start, start + _PIECE)
             h, mask = hidden[piece], counted[piece]
-            index = targets[piece].clamp(min=0).unsqueeze(1)
+            index = targets[piece].masked_fill(~mask, 0).unsqueeze(1)
             logits = (h @ weight.T).float()
             lse = logits.logsumexp(dim=1, keepdim=True)
             total += ((lse - logits.gather(1, index)).squeeze(1) * mask).sum()

@@ -2,12 +2,14 @@
 
 All experts' weights lie in two tensors, `gate_up [experts, 2 * width, hidden]` and
 `down [experts, hidden, width]`. Tokens are sorted by expert so that each expert multiplies one dense block,
-then returned to their places and added up with their gates; no token is dropped and nothing is padded.
+then returned to their places and added up with their gates; no token is dropped.
 
 Three ways to the same numbers, chosen by what is given:
-- few rows (decoding): one matrix-vector product per chosen expert, no sorting;
-- a loop over the experts that were chosen (CPU);
-- `grouped_mm`, one launch for all experts without reading the counts back to the host (CUDA).
+- one token (decoding): one matrix-vector product per chosen expert, no sorting;
+- `grouped_mm`, one launch for all experts without reading the counts back to the host (CUDA in bf16);
+- a loop over the experts that were chosen (everything else). It pads an expert's rows by an eighth at most:
+  on a CPU oneDNN generates code for each new shape, which takes longer than multiplying a few hundred rows, and
+  rounding makes shapes recur.
 """
 
 from __future__ import annotations
@@ -17,10 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# Rows per expert are rounded up to a multiple of this on the CPU. oneDNN generates code for each new shape,
-# which takes longer than multiplying a few hundred rows; rounding makes shapes recur.
-_ROUND = 64
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -51,26 +49,26 @@ def _one_token(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, dow
 
 def _loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     order, counts = _by_expert(indices, gate_up.shape[0])
-    starts = counts.cumsum(0) - counts
-    padded = (counts + _ROUND - 1) // _ROUND * _ROUND
-    shift = padded.cumsum(0) - padded - starts
-    sizes: list[int] = padded.tolist()
+    sizes = [_padded(count) for count in counts.tolist()]
     # Where the j-th choice (in expert order) stands in the padded rows, and which token each row holds.
-    place = torch.arange(order.numel(), device=x.device) + shift.repeat_interleave(counts)
+    gaps = torch.tensor(sizes, device=x.device) - counts
+    shift = (gaps.cumsum(0) - gaps).repeat_interleave(counts)
+    place = torch.arange(order.numel(), device=x.device) + shift
     token = order.new_zeros(sum(sizes)).index_copy_(0, place, order // indices.shape[1])
     back = torch.empty_like(order).index_copy_(0, order, place)
 
     rows = _Dispatch.apply(x, token, back).split(sizes)  # type: ignore[no-untyped-call]
     # unbind and split, not indexing: their backward writes each gradient once instead of a padded copy per slice.
-    out = torch.cat(
-        [
-            F.linear(swiglu(F.linear(row, w_in)), w_out)
-            for row, w_in, w_out, size in zip(rows, gate_up.unbind(), down.unbind(), sizes, strict=True)
-            if size
-        ]
-    )
+    experts = zip(rows, gate_up.unbind(), down.unbind(), strict=True)
+    out = torch.cat([F.linear(swiglu(F.linear(r, w_in)), w_out) for r, w_in, w_out in experts if r.shape[0]])
     per_token: Tensor = _Collect.apply(out, back)  # type: ignore[no-untyped-call]
     return _weighted(per_token, weights)
+
+
+def _padded(count: int) -> int:
+    """The count rounded up to four significant bits: 1 to 16, then 18, 20 .. 32, then 36, 40 .. 64, ..."""
+    step = 1 << max(0, (count - 1).bit_length() - 4)
+    return -(-count // step) * step
 
 
 def _grouped(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
-from dsv3.kernels.attention import causal_attention, latent_attention
+from dsv3.kernels.attention import causal_attention, latent_attention, per_head
 from dsv3.model.layers import RMSNorm
 from dsv3.model.rope import Rope
 
@@ -139,25 +139,18 @@ class LatentAttention(nn.Module):
 
         Queries are [batch, seq, heads, ...], mask [batch, seq or 1, context]; returns [batch, seq, heads * v].
         """
-        expand_k, expand_v = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split(
-            (self.nope, self.v_dim), 1
-        )
-        # (W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query ...
+        expand = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.rank)
+        keys, values = slice(0, self.nope), slice(self.nope, self.nope + self.v_dim)
         batch, seq = q_nope.shape[:2]
-        q = torch.cat((self._per_head(q_nope, expand_k), q_rope), dim=-1).flatten(1, 2)
+        # (W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query ...
+        absorbed = per_head(q_nope.flatten(0, 1), expand, keys)
+        q = torch.cat((absorbed.unflatten(0, (batch, seq)), q_rope), dim=-1).flatten(1, 2)
         if mask is not None and mask.shape[1] > 1:
             mask = mask.repeat_interleave(self.heads, dim=1)
         out = latent_attention(q, latents, self.rank, self.scale, mask)
         # ... and the value's expansion to the weighted sum of latents.
-        return self._per_head(out.view(batch, seq, self.heads, self.rank), expand_v.transpose(1, 2)).flatten(
-            -2
-        )
-
-    def _per_head(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [batch, seq, heads, in] times weight [heads, in, out] for each head: [batch, seq, heads, out]."""
-        flat = x.flatten(0, 1).transpose(0, 1)
-        out: Tensor = torch.bmm(flat, weight).transpose(0, 1).unflatten(0, x.shape[:2])
-        return out
+        out = per_head(out.reshape(batch * seq, self.heads, self.rank), expand, values, transposed=True)
+        return out.reshape(batch, seq, -1)
 
     def _over_cache(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, batch: FlatBatch) -> Tensor:
         parts: list[Tensor] = []

@@ -6,9 +6,9 @@ counts, by the scores alone, so that balancing never bends the gradient. A token
 `topk_group` of the `n_group` groups (in training one group lives on one node), ranked by the sum of their
 two best biased scores.
 
-Experts of groups left out are masked with minus infinity, as in DeepSeek's inference code. Early versions of
-transformers masked them with 0.0, which lets an excluded expert win over an admitted one whose biased score
-is negative; the two differ only then.
+Experts of groups left out are masked with minus infinity, as in DeepSeek's inference code. transformers up to
+5.5 masked them with 0.0, which lets an excluded expert win over an admitted one whose biased score is negative;
+the two differ only then.
 """
 
 from __future__ import annotations

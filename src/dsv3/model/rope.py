@@ -30,7 +30,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)
     interpolated = ramp.clamp(0, 1)
     return frequencies / yarn.factor * interpolated + frequencies * (1 - interpolated)
 

@@ -6,9 +6,9 @@ token i + k, which by then is known:
 
     h'_i = W [norm(Emb(t_{i+k})) ; norm(h_i)]      h = Block(h')      P(t_{i+k+1}) = Head(norm(h_i))
 
-Embedding and head are the main model's own. Two things the report leaves open are settled as the released
-weights have them: the embedding is the first half of what `eh_proj` reads, and `h` is what the head reads,
-that is, after the final norm.
+Embedding and head are the main model's own. The halves of what W reads are in the order of the released weights
+(equation 21 has them the other way round), and `h` is what the head reads, that is, after the final norm, which
+the report leaves open.
 """
 
 from __future__ import annotations

@@ -10,16 +10,17 @@ the few additions that transformers gives it. DeepSeek's format (`DEEPSEEK_TEMPL
 template, for checkpoints that have none.
 
 The special tokens are the authority in this text: who writes `<｜Assistant｜>` decides whose words follow.
-So a message that *contains* the characters `<｜Assistant｜>` must not become that token. Before rendering,
-`shield` puts a marker, a character that occurs in no message, into each such string; the tokens that the
-template itself writes have no marker. The tokenizer encodes the one kind as tokens, the other as plain text.
+So a message, or a tool's description, that *contains* the characters `<｜Assistant｜>` must not become that
+token. Before rendering, `shield` puts a marker, a character that occurs nowhere in them, into each such string;
+the tokens that the template itself writes have no marker. The tokenizer encodes the one kind as tokens, the
+other as plain text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any, NoReturn, TypedDict
@@ -37,7 +38,8 @@ class Message(TypedDict):
     """One turn of a chat. Other keys (`name`, `tool_calls`, ...) are handed on to the template."""
 
     role: str
-    content: str
+    content: str | None
+    """None only in an assistant's turn, where its `tool_calls` are all there is."""
 
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,8 +51,12 @@ DEEPSEEK_TEMPLATE = (
     "{% endfor %}"
     "{% for message in messages if message['role'] != 'system' %}"
     "{% if message['role'] == 'user' %}<｜User｜>{{ message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}<｜Assistant｜>{{ message['content'] }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('no place for the role ' ~ message['role']) }}{% endif %}"
+    "{% elif message['role'] == 'assistant' and not message['tool_calls'] %}"
+    "<｜Assistant｜>{{ message['content'] }}{{ eos_token }}"
+    "{% else %}"
+    "{% set what = 'tool calls' if message['tool_calls'] else 'the role ' ~ message['role'] %}"
+    "{{ raise_exception('no place for ' ~ what) }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
 )
@@ -73,7 +79,8 @@ def check_messages(messages: Sequence[Message]) -> None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"messages[{i}] has the role {role!r}: it must be one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
+        calls = role == "assistant" and message.get("tool_calls")
+        if not isinstance(content, str) and not (calls and content is None):
             raise UserError(f"messages[{i}] has the content {content!r}: it must be a string")
 
 
@@ -83,7 +90,9 @@ def render(template: str, messages: Sequence[Message], variables: dict[str, Any]
     Raises UserError if the template is broken, does something the sandbox forbids, or refuses the messages.
     """
     try:
-        return _compiled(template).render(messages=[dict(message) for message in messages], **variables)
+        # A published template asks whether `content` is none, and a missing one is something else to Jinja.
+        copies = [{"content": None, **message} for message in messages]
+        return _compiled(template).render(messages=copies, **variables)
     except Exception as error:  # a program of somebody else's: whatever it raises is an error of the input
         raise UserError(f"the chat template cannot render these messages: {error}") from error
 
@@ -127,15 +136,16 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def shield(messages: Sequence[Message], control: re.Pattern[str]) -> tuple[list[Message], str]:
-    """Break every control token inside the messages with a marker; returns them and the marker.
+def shield(
+    messages: Sequence[Message], variables: Mapping[str, Any], control: re.Pattern[str]
+) -> tuple[list[Message], dict[str, Any], str]:
+    """Break every control token in what a template is given; returns messages, variables and the marker.
 
-    control: matches the control tokens. The marker is one character that no message contains; it stands after
-    the first character of each match. In assistant turns `<think>` and `</think>` are left whole: the model
-    writes them as tokens, and its template looks for them.
+    control: matches the control tokens. The marker is one character that occurs in no message and no variable;
+    it stands after the first character of each match. In assistant turns `<think>` and `</think>` are left
+    whole: the model writes them as tokens, and its template looks for them. Raises UserError where something
+    is no JSON value: what we cannot look into we cannot shield.
     """
-    used = set("".join(_strings(list(messages))))
-    marker = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used)  # plane 15, for private use
 
     def broken(match: re.Match[str]) -> str:
         return match[0][0] + marker + match[0][1:]
@@ -143,30 +153,24 @@ def shield(messages: Sequence[Message], control: re.Pattern[str]) -> tuple[list[
     def broken_in_answer(match: re.Match[str]) -> str:
         return match[0] if _REASONING.fullmatch(match[0]) else broken(match)
 
-    shielded = []
-    for message in messages:
-        breaker = broken_in_answer if message["role"] == "assistant" else broken
-        shielded.append(_map_strings(message, partial(control.sub, breaker)))
-    return shielded, marker
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
+    try:
+        used = set(json.dumps([list(messages), dict(variables)], ensure_ascii=False))
+        marker = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used)  # plane 15, private use
+        shielded = []
+        for message in messages:
+            breaker = broken_in_answer if message["role"] == "assistant" else broken
+            shielded.append(_map_strings(message, partial(control.sub, breaker)))
+        return shielded, _map_strings(dict(variables), partial(control.sub, broken)), marker
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the chat or a variable of its template is not plain JSON: {error}") from None
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of nested lists and objects with every string changed, keys left alone."""
+    """A copy of nested lists and objects with every string changed, keys too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map_strings(item, change) for key, item in value.items()}
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_map_strings(item, change) for item in value]
     return value

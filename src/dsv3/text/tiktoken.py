@@ -42,6 +42,10 @@ KIMI_PATTERN = "|".join(
 )
 
 
+MOST_SPECIAL = 4096
+"""Special tokens that may follow the ranks, many times what there are: an id beyond them is a broken file."""
+
+
 def _byte_alphabet() -> dict[int, str]:
     """Byte-level BPE writes a byte as a visible character: itself if printable, else one from U+0100 on."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
@@ -75,6 +79,12 @@ def load_tiktoken(path: Path, added_tokens: dict[str, Any]) -> Tokenizer:
         raise CheckpointError(
             f"{path.parent}: added_tokens_decoder in tokenizer_config.json is broken"
         ) from None
+    for token_id in named:
+        if not 0 <= token_id - len(ranks) < MOST_SPECIAL:
+            raise CheckpointError(
+                f"{path.parent}: added_tokens_decoder in tokenizer_config.json has the id {token_id}: special "
+                f"tokens come right after the {len(ranks)} of {path.name}"
+            )
     for token_id in range(len(ranks), max(named, default=-1) + 1):
         content, special = named.get(token_id, (f"<|reserved_token_{token_id}|>", True))
         tokenizer.add_tokens([AddedToken(content, special=special, normalized=False)])

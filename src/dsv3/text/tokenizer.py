@@ -5,20 +5,25 @@ is taken as UTF-8 bytes, and pairs are merged in the order learned. No text is u
 is a token. The work is done by the `tokenizers` library from the checkpoint's `tokenizer.json`, or from
 `tiktoken.model` where a checkpoint ships only that (`dsv3.text.tiktoken`); this module adds what lies beside
 those files: which ids begin and end a text, the chat format, and decoding as a stream.
+
+Whether BOS begins a plain text is the checkpoint's to say, and there are two places for it. `add_bos_token` of
+tokenizer_config.json counts first: DeepSeek's files say true there and have no post-processor that would add
+it. (transformers 4 read it for them; transformers 5 passes over it and gives no BOS, and SGLang puts it back.)
+Where it is missing, the post-processor of tokenizer.json decides. Moonlight and Kimi have neither, and no BOS.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders
 
+from dsv3.config import read_json
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text.chat import DEEPSEEK_TEMPLATE, Message, check_messages, render, shield
 from dsv3.text.stream import StreamDecoder
@@ -36,9 +41,11 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         eos_token_ids: Sequence[int] = (),
         chat_template: str | None = None,
+        add_bos_token: bool | None = None,
     ) -> None:
         """special_tokens: the text of `bos_token`, `eos_token`, `pad_token`, `unk_token`, those there are;
-        eos_token_ids: ids that end a text besides `eos_token`'s."""
+        eos_token_ids: ids that end a text besides `eos_token`'s; add_bos_token: whether a text that is to be
+        continued begins with BOS, None: as the backend's post-processor has it."""
         if not isinstance(backend.decoder, decoders.ByteLevel):
             kind = type(backend.decoder).__name__
             raise CheckpointError(f"the tokenizer decodes with {kind}: dsv3 reads byte-level BPE tokenizers")
@@ -51,16 +58,26 @@ class Tokenizer:
         own = [] if self.eos_token_id is None else [self.eos_token_id]
         self.eos_token_ids = tuple(dict.fromkeys([*own, *eos_token_ids]))
         """Every id that ends a text: the tokenizer's own first, then the model's."""
+        if add_bos_token is None:
+            add_bos_token = backend.encode("").ids[:1] == [self.bos_token_id]
+        self.add_bos_token = add_bos_token
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+    def from_pretrained(cls, folder: str | Path) -> Self:
         """Read the tokenizer files of a checkpoint; raises CheckpointError if they are missing or broken."""
-        folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        try:
+            return cls._read(Path(folder))
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        config = _optional(folder / "tokenizer_config.json")
+        special_tokens = _special_tokens(config, _optional(folder / "special_tokens_map.json"))
         if (path := folder / "tokenizer.json").exists():
+            content = path.read_bytes()
             try:
-                backend = tokenizers.Tokenizer.from_file(str(path))
+                backend = tokenizers.Tokenizer.from_buffer(content)
             except Exception as error:  # the library raises nothing narrower
                 raise CheckpointError(f"{path} is broken ({error}): download it again") from None
         elif (path := folder / "tiktoken.model").exists():
@@ -69,14 +86,21 @@ class Tokenizer:
             raise CheckpointError(f"{folder} has neither tokenizer.json nor tiktoken.model: copy one there")
 
         # Older folders name the ids in the model's config alone.
-        models = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
+        models = [_optional(folder / name) for name in ("generation_config.json", "config.json")]
         ids = {name: [i for model in models for i in _ids(model.get(f"{name}_id"))] for name in _NAMED}
         for name in ("bos_token", "eos_token", "pad_token"):
             if name not in config and name not in special_tokens and ids[name]:
                 token = backend.id_to_token(ids[name][0])
                 if token is not None:
                     special_tokens[name] = token
-        return cls(backend, special_tokens, ids["eos_token"], _chat_template(folder, config))
+        add_bos = config.get("add_bos_token")
+        return cls(
+            backend,
+            special_tokens,
+            ids["eos_token"],
+            _chat_template(folder, config),
+            add_bos if isinstance(add_bos, bool) else None,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -104,16 +128,19 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = False, allow_special: bool = True) -> list[int]:
         """The ids of a text. With `allow_special=False`, `<｜User｜>` and its like are ordinary characters.
 
-        add_bos: put the id that begins a text in front, if the tokenizer has one.
+        add_bos: put the id that begins a text in front, if the tokenizer has one and the text does not.
         """
-        backend = self.backend if allow_special else self._plain
+        backend, renumbered = (self.backend, {}) if allow_special else self._plain
         try:
             ids = backend.encode(text, add_special_tokens=False).ids
         except TypeError:
             if not isinstance(text, str):
                 raise
             raise UserError("the text is not valid Unicode: it holds half a surrogate pair") from None
-        return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
+        if renumbered:
+            ids = [renumbered.get(i, i) for i in ids]
+        bos = self.bos_token_id
+        return [bos, *ids] if add_bos and bos is not None and ids[:1] != [bos] else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are no character give U+FFFD, ids that are no token give nothing."""
@@ -140,24 +167,30 @@ class Tokenizer:
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        """The same BPE without any added token; the model is shared, not copied."""
+    def _plain(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """The same BPE without markup, and the right ids of the added tokens that stay, which it renumbers.
+
+        The model is shared, not copied. Added words such as V2-Lite's "ø" are text, and stay.
+        """
         plain = tokenizers.Tokenizer(self.backend.model)
         if self.backend.normalizer is not None:
             plain.normalizer = self.backend.normalizer
         if self.backend.pre_tokenizer is not None:
             plain.pre_tokenizer = self.backend.pre_tokenizer
-        return plain
+        added = self.backend.get_added_tokens_decoder()
+        plain.add_tokens([token for token in added.values() if not _is_markup(token)])
+        ids = {token.content: i for i, token in added.items()}
+        return plain, {new: ids[token.content] for new, token in plain.get_added_tokens_decoder().items()}
 
     # Chat ----------------------------------------------------------------------------------------------
 
     def render_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Message], /, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> str:
         """The text of a chat in the checkpoint's own format, else in DeepSeek-V3's.
 
         template_kwargs go to the checkpoint's template (`thinking=True`, `tools=[...]`). The text is for
-        reading: special tokens that a message spells out look real in it; `encode_chat` tells them apart.
+        reading: special tokens that it was given spelled out look real in it; `encode_chat` tells them apart.
         Raises UserError if a message is malformed or the template refuses it.
         """
         check_messages(messages)
@@ -171,12 +204,12 @@ class Tokenizer:
         return render(self.chat_template or DEEPSEEK_TEMPLATE, messages, variables)
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Message], /, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> list[int]:
-        """The ids of a chat. Only the template writes control tokens: those in messages stay plain text."""
+        """The ids of a chat. Only the template writes control tokens: those it is given stay plain text."""
         check_messages(messages)
-        shielded, marker = shield(messages, self._control)
-        text = self.render_chat(shielded, add_generation_prompt, **template_kwargs)
+        shielded, kwargs, marker = shield(messages, template_kwargs, self._control)
+        text = self.render_chat(shielded, add_generation_prompt, **kwargs)
         if marker not in text:
             return self.encode(text)
         ids: list[int] = []
@@ -188,24 +221,21 @@ class Tokenizer:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Matches every added token that is markup: flagged special, or in brackets as `<think>` is."""
-        added = [token for token in self.backend.get_added_tokens_decoder().values() if token.content]
-        markup = [t.content for t in added if t.special or re.fullmatch(r"<.+>|\[.+\]|◁.+▷", t.content)]
-        longest_first = sorted(markup, key=len, reverse=True)
+        """Matches every added token that is markup."""
+        added = self.backend.get_added_tokens_decoder().values()
+        longest_first = sorted(
+            (t.content for t in added if t.content and _is_markup(t)), key=len, reverse=True
+        )
         return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON object: empty if there is no such file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object")
-    return values
+def _is_markup(token: tokenizers.AddedToken) -> bool:
+    """Whether an added token is flagged special, or in brackets as `<think>` is."""
+    return token.special or re.fullmatch(r"<.+>|\[.+\]|◁.+▷", token.content) is not None
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path, CheckpointError) if path.exists() else {}
 
 
 def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
@@ -227,8 +257,11 @@ def _ids(value: Any) -> list[int]:
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template's own file, else the config's: a string, or a list of named ones, of which `default`."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (path := folder / "chat_template.jinja").exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8 text ({error}): download it again") from None
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

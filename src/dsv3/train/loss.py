@@ -4,7 +4,7 @@
 
 The balance loss (equations 17-20) only guards against extreme imbalance inside one sequence; the work of
 balancing is done outside the gradient by `update_biases` (section 2.1.2): after each step the bias of an
-expert that had more than its share of tokens goes down by gamma, otherwise up.
+expert that had more than its share of tokens goes down by gamma, that of one that had less goes up.
 """
 
 from __future__ import annotations
@@ -55,15 +55,13 @@ def objective(
     hidden, mtp_hidden = model.features(inputs, positions, mask, routing, mtp=mtp_weight > 0)
 
     weight = model.lm_head.weight
-    main = linear_cross_entropy(hidden.flatten(0, 1), weight, targets[:, 1:].flatten())
+    main = linear_cross_entropy(hidden.flatten(0, 1), weight, _ahead(targets, segments, 1))
     total, mtp = main, None
     if mtp_hidden:
-        terms = []
-        for k, h in enumerate(mtp_hidden, start=1):
-            wanted = targets[:, k + 1 :]
-            if segments is not None:  # a module may not look across the border of its sample
-                wanted = wanted.masked_fill(segments[:, k + 1 :] != segments[:, : -k - 1], IGNORE)
-            terms.append(linear_cross_entropy(h.flatten(0, 1), weight, wanted.flatten()))
+        terms = [
+            linear_cross_entropy(h.flatten(0, 1), weight, _ahead(targets, segments, k + 1))
+            for k, h in enumerate(mtp_hidden, start=1)
+        ]
         mtp = torch.stack(terms).mean()
         total = total + mtp_weight * mtp
     balance = sequence_balance(routing, inputs.shape[0])
@@ -71,6 +69,14 @@ def objective(
     return Losses(
         total, main.detach(), None if mtp is None else mtp.detach(), balance.detach(), expert_loads(routing)
     )
+
+
+def _ahead(targets: Tensor, segments: Tensor | None, k: int) -> Tensor:
+    """The target k tokens after each position, flat; none where that token belongs to another sample."""
+    wanted = targets[:, k:]
+    if segments is not None:
+        wanted = wanted.masked_fill(segments[:, k:] != segments[:, :-k], IGNORE)
+    return wanted.flatten()
 
 
 def _per_sample(segments: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,16 @@
 """Train the bundled model, `nano`, on a laptop's CPU.
 
     python -m dsv3.data.nano MATERIAL DATA             # text to tokens
-    python -m dsv3.train.nano pretrain DATA RUN        # about an hour and a half on two cores
-    python -m dsv3.train.nano sft DATA RUN             # tune it to chat
+    python -m dsv3.train.nano pretrain DATA RUN        # two to three hours on two cores
+    python -m dsv3.train.nano sft DATA RUN             # tune it to chat, half an hour
     python -m dsv3.train.nano evaluate DATA RUN        # bits per byte on held-out text
     python -m dsv3.train.nano export DATA RUN FOLDER   # an FP8 checkpoint as DeepSeek ships them
 
 A short version of the report's recipe (section 4.2): AdamW with float32 masters under a bf16 model; warm-up,
 constant rate, decay; loss of the next token plus MTP plus the sequence-wise balance loss; expert biases moved
 by gamma after every step and left alone at the end. Every schedule is a function of the share of tokens
-done. A run is saved every few minutes and goes on from there when the same command is given again.
+done. A run is saved every few minutes and goes on from there when the same command is given again, to the
+same end: on a CPU with the same number of threads, to the same bits.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ import os
 import shutil
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.checkpoint import DeepseekV3
 from dsv3.config import PRESETS
+from dsv3.data.nano_sources import SPECIALS
 from dsv3.errors import UserError
 from dsv3.model import Transformer
 from dsv3.model.attention import LatentAttention
@@ -96,41 +101,79 @@ class PretrainData:
 
     def __init__(self, folder: Path, skip: int = 0) -> None:
         """skip: tokens at the start of the stream that an earlier run has read."""
-        self.stream = np.load(folder / "pretrain.npy", mmap_mode="r", allow_pickle=False)
+        self.path = folder / "pretrain.npy"
+        self.tokens = _load(self.path)
         self.skip = skip
 
     def batch(self, step: int, stage: Stage) -> Batch:
         need = stage.tokens_per_step
-        start = (self.skip + step * need) % (len(self.stream) - need - 1)
-        flat = torch.from_numpy(self.stream[start : start + need + 1].astype(np.int64))
+        if len(self.tokens) <= need:
+            raise UserError(f"{self.path} has {len(self.tokens)} tokens: one step reads {need + 1}")
+        start = (self.skip + step * need) % (len(self.tokens) - need)
+        flat = torch.from_numpy(self.tokens[start : start + need + 1].astype(np.int64))
         rows = torch.arange(stage.rows).unsqueeze(1) * stage.seq + torch.arange(stage.seq + 1)
         return Batch(flat[rows])
 
 
 class ChatData:
-    """Packed chats with the mask of answers and the chat that each token belongs to."""
+    """Packed chats with the mask of answers and the chat that each token belongs to.
+
+    Every epoch reads all rows, in an order of its own; a batch may hold the end of one and the start of the next.
+    """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        with np.load(folder / "sft.npz", allow_pickle=False) as arrays:
-            self.arrays = {name: arrays[name] for name in ("tokens", "mask", "segment")}
+        self.path = folder / "sft.npz"
+        arrays = _load(self.path)
+        try:
+            self.tokens, self.mask, self.segment = (arrays[name] for name in ("tokens", "mask", "segment"))
+        except KeyError as error:
+            raise UserError(f"{self.path} has no array {error}: {_REMAKE}") from None
+        if not len(self.tokens):
+            raise UserError(f"{self.path} has no rows: {_REMAKE}")
         self.seed = seed
 
     def batch(self, step: int, stage: Stage) -> Batch:
-        rows = len(self.arrays["tokens"])
-        epoch, first = divmod(step * stage.rows, rows)
-        order = np.random.default_rng((self.seed, epoch)).permutation(rows)
-        pick = order[np.arange(first, first + stage.rows) % rows]
+        rows = len(self.tokens)
+        wanted = range(step * stage.rows, (step + 1) * stage.rows)
+        orders = {
+            epoch: np.random.default_rng((self.seed, epoch)).permutation(rows)
+            for epoch in {n // rows for n in wanted}
+        }
+        pick = [orders[n // rows][n % rows] for n in wanted]
         tokens, mask, segment = (
-            torch.from_numpy(self.arrays[name][pick].astype(np.int64))
-            for name in ("tokens", "mask", "segment")
+            torch.from_numpy(array[pick].astype(np.int64)) for array in (self.tokens, self.mask, self.segment)
         )
         return Batch(tokens, mask.bool(), segment)
 
 
+_REMAKE = "make it with `python -m dsv3.data.nano MATERIAL DATA`"
+
+
+def _load(path: Path) -> Any:
+    """The array of an .npy file, mapped, or a dict of those of an .npz. Raises UserError if it is not whole."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {_REMAKE}") from None
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is broken ({error}): {_REMAKE}") from None
+
+
+def _check_vocabulary(path: Path, tokens: Any, model: Transformer) -> None:
+    known, largest = model.config.vocab_size, int(tokens.max(initial=0))
+    if largest >= known:
+        raise UserError(
+            f"{path} has the token {largest}, but the model knows {known}: it is of another model"
+        )
+
+
 STAGES = {
-    "pretrain": Stage(tokens=24_000_000),
+    "pretrain": Stage(tokens=36_000_000),
     "sft": Stage(
-        tokens=6_600_000,
+        tokens=7_000_000,
         peak_lr=5e-4,
         final_lr=2e-5,
         decay=0.9,
@@ -144,10 +187,10 @@ STAGES = {
 class Run:
     """A model in training and the folder it is saved in."""
 
-    def __init__(self, folder: Path, stage: str, seed: int = 0) -> None:
+    def __init__(self, folder: Path, stage: str, preset: str = "nano", seed: int = 0) -> None:
         self.path = folder / stage
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.model = Transformer(PRESETS["nano"])
+        self.preset = preset
+        self.model = Transformer(PRESETS[preset])
         self.model.init_weights(torch.Generator().manual_seed(seed))
         self.model.bfloat16()
         self.optimizer = MasterAdamW(self.model)
@@ -167,10 +210,17 @@ class Run:
         os.replace(partial, self.checkpoint)
 
     def load(self, path: Path, weights_only: bool = False) -> None:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is broken ({error}): remove it to start anew") from None
         buffers = dict(self.model.named_buffers())
+        for name, master in self.optimizer.masters.items():
+            stored = tensors.get(f"master.{name}")
+            if stored is None or stored.shape != master.shape:
+                raise UserError(f"{path} is a model of another shape than {self.preset}: give its --preset")
         with torch.no_grad():
             for name, buffer in buffers.items():
                 buffer.copy_(tensors[f"buffer.{name}"])
@@ -184,10 +234,31 @@ class Run:
         """Take the weights of a checkpoint folder, with fresh moments."""
         source = DeepseekV3.from_pretrained(folder, dtype=torch.float32)
         if source.config.replace(quantization_config=None, inert={}) != self.model.config.replace(inert={}):
-            raise UserError(f"{folder} is a model of another shape than nano: give a checkpoint of nano")
+            raise UserError(
+                f"{folder} is a model of another shape than {self.preset}: give a checkpoint of {self.preset}"
+            )
         weights = source.state_dict()
         self.model.load_state_dict(weights)
         self.optimizer.load_masters({f"master.{name}": weights[name] for name in self.optimizer.masters})
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict in float32: the masters, which have digits that the model has not."""
+        return self.model.state_dict() | self.optimizer.masters
+
+    def open_log(self) -> TextIO:
+        """The log up to this step: what a killed run wrote after its last save will be written again."""
+        path = self.path / "log.jsonl"
+        partial = path.with_suffix(".partial")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= self.step]
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, path)
+            return path.open("a", encoding="utf-8")
+        except OSError as error:
+            problem = error.strerror or str(error)
+            raise UserError(f"{self.path} cannot be written to ({problem}): name another folder") from None
 
 
 def compile_pieces(model: Transformer) -> None:
@@ -203,13 +274,16 @@ def compile_pieces(model: Transformer) -> None:
 
 def train(run: Run, stage: Stage, data: PretrainData | ChatData, save_every: float = 240.0) -> None:
     """Run the stage from where it stands to its end."""
-    log = (run.path / "log.jsonl").open("a", encoding="utf-8")
+    log = run.open_log()
     last_save = started = time.monotonic()
     before, first_step = run.seconds, run.step
     while run.step < stage.steps:
         done = run.step / stage.steps
         batch = data.batch(run.step, stage)
         losses = objective(run.model, batch.tokens, stage.mtp(done), batch.loss_mask, batch.segments)
+        if not losses.total.isfinite():
+            log.close()
+            raise UserError(f"the loss is {losses.total.item()} at step {run.step}: try a lower peak_lr")
         losses.total.backward()
         run.optimizer.accumulate()
         norm = run.optimizer.step(stage.lr(done))
@@ -242,25 +316,28 @@ def train(run: Run, stage: Stage, data: PretrainData | ChatData, save_every: flo
                 flush=True,
             )
         if now - last_save > save_every:
+            log.flush()  # first: a log may run ahead of its checkpoint, never fall behind
             run.save()
             last_save = now
-    run.save()
     log.close()
+    run.save()
 
 
 @torch.inference_mode()
 def bits_per_byte(model: Transformer, data: Path, seq: int = 512) -> dict[str, float]:
     """Bits that the model needs per byte of held-out text, for each kind of text.
 
-    Text is read in windows of `seq` tokens, each token predicted from those before it in its window.
+    Text is read in windows of `seq` tokens, each token predicted from those before it in its window. Special
+    tokens are read but not counted, on either side: they are no bytes of the text.
     """
-    result = {}
-    with np.load(data / "heldout.npz", allow_pickle=False) as arrays:
-        kinds = sorted(name.removesuffix("_tokens") for name in arrays.files if name.endswith("_tokens"))
-        for kind in kinds:
-            tokens = torch.from_numpy(arrays[f"{kind}_tokens"].astype(np.int64))
-            nats = sum(_window_nats(model, window) for window in _windows(tokens, seq))
-            result[kind] = nats / math.log(2) / int(arrays[f"{kind}_bytes"])
+    path, result = data / "heldout.npz", {}
+    arrays = _load(path)
+    for kind in sorted(name.removesuffix("_tokens") for name in arrays if name.endswith("_tokens")):
+        tokens = arrays[f"{kind}_tokens"]
+        _check_vocabulary(path, tokens, model)
+        windows = _windows(torch.from_numpy(tokens.astype(np.int64)), seq)
+        nats = sum(_window_nats(model, window) for window in windows)
+        result[kind] = nats / math.log(2) / int(arrays[f"{kind}_bytes"])
     return result
 
 
@@ -272,7 +349,8 @@ def _windows(tokens: Tensor, seq: int) -> Iterator[Tensor]:
 def _window_nats(model: Transformer, window: Tensor) -> float:
     hidden, _ = model.features(window[:-1].unsqueeze(0), mtp=False)
     logits = model.lm_head(hidden[0]).float()
-    return float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    each = torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
+    return float(each[window[1:] >= len(SPECIALS)].sum())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,41 +367,42 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--init", type=Path, help="start from the weights of this checkpoint folder")
     parser.add_argument("--skip", type=float, default=0, help="pretrain: tokens of the stream to leave out")
     parser.add_argument("--compile", action="store_true", help="fuse operations with torch.compile")
+    parser.add_argument("--save-every", type=float, default=240, metavar="SECONDS", help="default: 240")
+    parser.add_argument("--preset", choices=["nano", "tiny"], default="nano", help="tiny is for a quick try")
     args = parser.parse_args(argv)
     try:
         _dispatch(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last save", file=sys.stderr)
+        return 130
     return 0
 
 
 def _dispatch(args: argparse.Namespace) -> None:
     if args.command in ("evaluate", "export"):
-        run = Run(args.run, args.stage)
+        if args.command == "export" and args.out is None:
+            raise UserError("export needs the folder to write as its last argument")
+        run = Run(args.run, args.stage, args.preset)
         if not run.checkpoint.exists():
             raise UserError(f"{run.checkpoint} does not exist: train the stage {args.stage!r} first")
         run.load(run.checkpoint)
-        if args.command == "evaluate":
-            print(
-                json.dumps({k: round(v, 4) for k, v in bits_per_byte(run.model, args.data).items()}, indent=2)
-            )
-        elif args.out is None:
-            raise UserError("export needs the folder to write as its last argument")
+        if args.command == "export":
+            _export(run, args.data, args.out)
         else:
-            _export(run.model, args.data, args.out)
+            found = {kind: round(bits, 4) for kind, bits in bits_per_byte(run.model, args.data).items()}
+            print(json.dumps(found, indent=2))
         return
 
     stage = STAGES[args.command]
-    if args.tokens:
-        stage = Stage(**(asdict(stage) | {"tokens": int(args.tokens)}))
-    needed = args.data / ("pretrain.npy" if args.command == "pretrain" else "sft.npz")
-    if not needed.exists():
-        raise UserError(
-            f"{needed} does not exist: make it with `python -m dsv3.data.nano MATERIAL {args.data}`"
-        )
-    data = PretrainData(args.data, int(args.skip)) if args.command == "pretrain" else ChatData(args.data)
-    run = Run(args.run, args.command)
+    if args.tokens is not None:
+        stage = replace(stage, tokens=_whole("--tokens", args.tokens, 1))
+    skip = _whole("--skip", args.skip, 0)
+    data = PretrainData(args.data, skip) if args.command == "pretrain" else ChatData(args.data)
+    run = Run(args.run, args.command, args.preset)
+    _check_vocabulary(data.path, data.tokens, run.model)
     if run.checkpoint.exists():
         run.load(run.checkpoint)
         print(f"going on from step {run.step}", flush=True)
@@ -336,20 +415,28 @@ def _dispatch(args: argparse.Namespace) -> None:
         run.load(base, weights_only=True)
     if args.compile:
         compile_pieces(run.model)
-    train(run, stage, data)
+    train(run, stage, data, args.save_every)
 
 
-def _export(model: Transformer, data: Path, out: Path) -> None:
+def _whole(option: str, value: float, least: int) -> int:
+    if not least <= value < math.inf:
+        raise UserError(f"{option} is {value:g}: it must be at least {least}")
+    return int(value)
+
+
+def _export(run: Run, data: Path, out: Path) -> None:
     """Write the checkpoint that ships: FP8 blocks, tokenizer, and how to sample from it."""
-    shipped = DeepseekV3(model.config)
-    shipped.load_state_dict(model.state_dict())
-    shipped.bfloat16().save_pretrained(out, format="fp8")
+    if not (data / "tokenizer.json").exists():
+        raise UserError(f"{data / 'tokenizer.json'} does not exist: {_REMAKE}")
+    shipped = DeepseekV3(run.model.config)
+    shipped.load_state_dict(run.weights())
+    shipped.save_pretrained(out, format="fp8")
     shutil.copyfile(data / "tokenizer.json", out / "tokenizer.json")
     special = {
         "bos_token": "<｜begin▁of▁sentence｜>",
         "eos_token": "<｜end▁of▁sentence｜>",
         "pad_token": "<｜▁pad▁｜>",
-        "model_max_length": model.config.max_position_embeddings,
+        "model_max_length": run.model.config.max_position_embeddings,
         "chat_template": DEEPSEEK_TEMPLATE,
     }
     sampling = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.9}

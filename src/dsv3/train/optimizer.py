@@ -70,6 +70,7 @@ class MasterAdamW:
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Tensor]) -> None:
         """Start a new stage from the weights of another, with fresh moments."""
+        self.adamw.state.clear()
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
         torch._foreach_copy_(self.weights, list(self.masters.values()))

@@ -1,0 +1,135 @@
+"""AdamW with masters: torch's own in float32, and one that loses nothing under bfloat16."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dsv3.train.optimizer import MasterAdamW
+
+
+def small(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 4)).to(dtype)
+
+
+def loss_of(model: nn.Module, step: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 6, generator=generator).to(next(model.parameters()).dtype)
+    return scale * model(x).float().pow(2).mean()
+
+
+def step(model: nn.Module, optimizer: MasterAdamW, number: int, lr: float = 1e-2) -> float:
+    loss_of(model, number).backward()
+    optimizer.accumulate()
+    return optimizer.step(lr)
+
+
+def test_float32_equals_torchs_adamw() -> None:
+    ours, theirs = small(), small()
+    optimizer = MasterAdamW(ours, betas=(0.8, 0.95), weight_decay=0.2)
+    decayed = [p for p in theirs.parameters() if p.dim() > 1]
+    plain = [p for p in theirs.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-8, foreach=False)
+    for number in range(8):
+        lr = 1e-2 / (number + 1)
+        norm = step(ours, optimizer, number, lr)
+        loss_of(theirs, number).backward()
+        wanted = nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        reference.zero_grad()
+        assert norm == pytest.approx(float(wanted), rel=1e-5)
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_updates_too_small_for_bfloat16_are_kept() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    assert model.weight - 1e-4 == 1.0, "one step alone rounds to nothing"
+    optimizer = MasterAdamW(model, weight_decay=0.0)
+    for _ in range(200):
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        optimizer.accumulate()
+        optimizer.step(1e-4)
+    assert float(optimizer.masters["weight"]) == pytest.approx(0.98, abs=1e-4)
+    assert model.weight.dtype == torch.bfloat16
+    assert torch.equal(model.weight, optimizer.masters["weight"].bfloat16())
+
+
+def test_gradients_add_up_in_float32() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    optimizer = MasterAdamW(model)
+    for gradient in (1.0, 2.0**-10, 2.0**-10):  # in bfloat16 their sum is 1
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.accumulate()
+        assert model.weight.grad is None
+    assert optimizer.step(1e-3, clip=10.0) == 1 + 2.0**-9
+    assert optimizer.step(1e-3) == 0.0, "the next step starts from nothing"
+
+
+def test_clipping() -> None:
+    """Moments are those of the gradient cut to the clip; the norm is reported as it was; a small one stays."""
+    for scale in (1.0, 1e-3):
+        model, reference = small(), small()
+        optimizer = MasterAdamW(model)
+        loss_of(model, 0, scale).backward()
+        loss_of(reference, 0, scale).backward()
+        gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+        norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
+        optimizer.accumulate()
+        assert optimizer.step(1e-3, clip=0.1) == pytest.approx(norm, rel=1e-5)
+        assert (norm > 0.1) == (scale == 1.0)
+        state = optimizer.state()
+        for name, gradient in gradients.items():
+            wanted = 0.1 * gradient * min(1.0, 0.1 / norm)  # (1 - beta1) * g
+            torch.testing.assert_close(state[f"exp_avg.{name}"], wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_decay_is_on_matrices_only() -> None:
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = MasterAdamW(model, weight_decay=0.5)
+    optimizer.step(0.1)  # no gradient at all
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() > 1 else 1.0))
+
+
+def test_a_stage_goes_on_from_a_file(tmp_path: Path) -> None:
+    model = small(torch.bfloat16)
+    optimizer = MasterAdamW(model)
+    for number in range(3):
+        step(model, optimizer, number)
+    save_file(optimizer.state(), tmp_path / "state.safetensors")
+
+    other = small(torch.bfloat16)
+    resumed = MasterAdamW(other)
+    step(other, resumed, 99)  # what it held before is forgotten
+    resumed.load_state(load_file(tmp_path / "state.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    for number in range(3, 6):
+        assert step(model, optimizer, number) == step(other, resumed, number)
+    one, two = optimizer.state(), resumed.state()
+    assert one.keys() == two.keys() and len(one) == 4 * 6, "a master, two moments and a count per parameter"
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_new_stage_starts_with_fresh_moments() -> None:
+    model, fresh = small(), small()
+    optimizer = MasterAdamW(model)
+    for number in range(3):
+        step(model, optimizer, number)
+    start = {f"master.{name}": p.detach().clone() for name, p in fresh.named_parameters()}
+    optimizer.load_masters(start)
+    step(model, optimizer, 7)
+    step(fresh, MasterAdamW(fresh), 7)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
