@@ -1,11 +1,15 @@
-"""What every test stands on: the same numbers on every run, few threads, and no GPU test without a GPU."""
+"""What every test stands on: the same numbers on every run, one thread, and no GPU test without a GPU.
+
+One thread, because for models this small waking a second one costs more than all of their arithmetic, and where
+another program uses the machine, two that wait for each other are a hundred times slower.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
@@ -13,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 # derandomize: examples depend on the test alone, so a red run is red again when repeated.
 # deadline: off, since the first call of an operator is slow and a shared machine is slow at times.

@@ -90,6 +90,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     """Run a line of sh in which `$dsv3` is the command."""
     env = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
+        "PYTHONUNBUFFERED": "",  # as everybody has it: what is printed may fail as late as at the end
         "dsv3": f"{sys.executable} -m dsv3.cli.main",
     }
     return subprocess.run(["sh", "-c", line], env=env, capture_output=True, text=True, timeout=120)

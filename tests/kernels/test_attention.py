@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv3.kernels.attention import causal_attention, latent_attention, per_head
-from tests.model.conftest import _one_thread  # noqa: F401
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:

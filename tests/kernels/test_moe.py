@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dsv3.kernels import moe
 from dsv3.kernels.moe import routed_experts, swiglu
-from tests.model.conftest import _one_thread  # noqa: F401
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
