@@ -35,12 +35,8 @@ Format = Literal["bf16", "fp8", "fp32"]
 SHARD_SIZE = 5_000_000_000
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Of what a format does not quantise."""
-_RESTATED = (
-    "torch_dtype",
-    "dtype",
-    "quantization_config",
-    "auto_map",
-)  # `dtype`: a newer name of `torch_dtype`
+_RESTATED = ("torch_dtype", "dtype", "quantization_config", "auto_map")
+"""Keys of `config.json` that are not copied; `dtype` is a newer name of `torch_dtype`."""
 
 
 def stored_dtype(piece: Piece, dtype: torch.dtype, format: Format | Literal["same"]) -> torch.dtype:
