@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 
+from dsv3.checkpoint.pretrained import free_memory
 from dsv3.config import ModelConfig
 from dsv3.engine.cache import token_bytes
 from dsv3.errors import UserError
@@ -59,5 +59,4 @@ def cpu_has_bf16() -> bool:
 
 def fitting_tokens(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """How many tokens of cache fit in the memory that is free now, the model being loaded already."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free * CACHE_SHARE) // token_bytes(config, dtype)
+    return int((free_memory(device) or 0) * CACHE_SHARE) // token_bytes(config, dtype)

@@ -436,6 +436,7 @@ def _export(run: Run, data: Path, out: Path) -> None:
         "bos_token": "<｜begin▁of▁sentence｜>",
         "eos_token": "<｜end▁of▁sentence｜>",
         "pad_token": "<｜▁pad▁｜>",
+        "add_bos_token": True,
         "model_max_length": run.model.config.max_position_embeddings,
         "chat_template": DEEPSEEK_TEMPLATE,
     }
