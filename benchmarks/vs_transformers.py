@@ -1,6 +1,6 @@
 """dsv3 against transformers: the same random checkpoint, the same work, one after the other on one machine.
 
-    python benchmarks/vs_transformers.py                         # the 136M model, bf16 and fp32
+    python benchmarks/vs_transformers.py                         # the 135M model, bf16 and fp32
     python benchmarks/vs_transformers.py --size 3.7b --dtypes bf16 --depths 0 4096 --json result.json
 
 Each library runs in a process of its own (so that peak memory is its own), `--rounds` times in turn; the
@@ -46,7 +46,7 @@ _PLAIN: dict[str, Any] = {
 SIZES = {
     "tiny": PRESETS["tiny"].replace(**_PLAIN),
     "nano": PRESETS["nano"].replace(**_PLAIN),
-    # 135M parameters, about 46M of them read per token.
+    # 135M parameters, about 48M of them read per token.
     "small": ModelConfig(
         vocab_size=19456,
         hidden_size=768,

@@ -211,7 +211,7 @@ def test_unknown_keys_are_refused_with_their_value(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((name, "7") for name in sorted(FIELDS - {"rope_scaling", "scoring_func", "topk_method"})),
+        *((n, "7") for n in sorted(FIELDS - {"model_type", "rope_scaling", "scoring_func", "topk_method"})),
         *((name, 7) for name in ("scoring_func", "topk_method", "quantization_config")),
         *((name, True) for name in ("hidden_size", "q_lora_rank", "rope_theta", "rms_norm_eps")),
         *((name, True) for name in ("routed_scaling_factor", "eos_token_id", "aux_loss_alpha")),
@@ -266,6 +266,23 @@ def test_dense_models_need_no_sensible_experts() -> None:
 def test_replace_checks_again() -> None:
     with pytest.raises(ConfigError, match="topk_group is 9"):
         PRESETS["tiny"].replace(topk_group=9)
+    with pytest.raises(ConfigError, match="model_type is 'llama': dsv3 loads deepseek_v3, deepseek_v2"):
+        PRESETS["tiny"].replace(model_type="llama")
+
+
+def test_the_family_is_not_among_what_changes_nothing() -> None:
+    """DeepSeek-V2's gate normalises or scales, never both: a config without its inert keys is the same model."""
+    values = TINY | {"model_type": "deepseek_v2", "num_nextn_predict_layers": 0}
+    model = random_model(ModelConfig.from_dict(values))
+    assert model.config.norm_topk_prob and model.config.routed_scaling_factor != 1
+    bare = Transformer(model.config.replace(inert={})).eval().requires_grad_(False)
+    bare.load_state_dict(model.state_dict())
+    ids = random_ids(model.config, 2, 9)
+    assert torch.equal(bare(ids).logits, model(ids).logits)
+    assert bare.config.to_dict()["model_type"] == "deepseek_v2"
+    v3 = Transformer(model.config.replace(model_type="deepseek_v3")).eval().requires_grad_(False)
+    v3.load_state_dict(model.state_dict())
+    assert not torch.allclose(v3(ids).logits, model(ids).logits, atol=1e-2)
 
 
 # Quirks of released files ------------------------------------------------------------------------------
@@ -327,6 +344,7 @@ def test_yarn_under_either_name(key: str) -> None:
         ({"rope_parameters": None}, 10000.0, False),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7}, 7.0, False),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 9}, "rope_theta": 7}, 9.0, False),
+        ({"rope_scaling": {"rope_type": "default", "type": "default"}, "rope_theta": 7}, 7.0, False),
         ({"rope_scaling": {}, "rope_theta": 7}, 7.0, False),
         ({"rope_scaling": YARN | {"rope_theta": 9}, "rope_theta": 7}, 9.0, True),
         ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 9}}, 10000.0, True),
@@ -348,6 +366,10 @@ def test_rotary_keys_have_transformers_precedence(rope: dict[str, Any], theta: f
         ([1], "rope_scaling is [1]"),
         ({"type": "linear", "factor": 2.0}, "type is 'linear'"),
         ({"rope_type": "longrope"}, "type is 'longrope'"),
+        ({"type": "default", "factor": 4.0, "nonsense": 1}, "key 'factor' with type 'default'"),
+        ({"rope_type": "default", "rope_theta": 5e4, "nonsense": 1}, "key 'nonsense' with type 'default'"),
+        ({"factor": 4.0}, "key 'factor' with type 'default'"),
+        ({"type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (YARN | {"truncate": False}, "rope_scaling.truncate is false"),
         (YARN | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (YARN | {"short_factor": [1.0]}, "'short_factor'"),
@@ -400,7 +422,7 @@ def test_presets_there_and_back(preset: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS[preset].to_dict()))
     again = ModelConfig.from_json(tmp_path / "config.json")
     assert again.replace(inert={}) == PRESETS[preset].replace(inert={})
-    assert again.bos_token_id == PRESETS[preset].bos_token_id
+    assert again.inert.get("bos_token_id") == PRESETS[preset].inert.get("bos_token_id")
 
 
 def test_from_dict_leaves_its_argument_alone() -> None:

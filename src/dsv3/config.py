@@ -34,7 +34,6 @@ _INERT = frozenset(
         "architectures",
         "auto_map",
         "transformers_version",
-        "model_type",
         "torch_dtype",
         "dtype",
         "use_cache",
@@ -162,6 +161,7 @@ class ModelConfig:
     plain rotary positions; the preset `v3-671b` has it, and is DeepSeek-V3 itself.
     """
 
+    model_type: str = "deepseek_v3"
     vocab_size: int = 129280
     hidden_size: int = 7168
     intermediate_size: int = 18432
@@ -208,6 +208,7 @@ class ModelConfig:
             value = getattr(self, f.name)
             _check_type(f.name, value, str(f.type))
             _check_range(f.name, value)
+        _check_model_type(self.model_type)
         for name in [
             "vocab_size",
             "hidden_size",
@@ -303,15 +304,6 @@ class ModelConfig:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
-    @property
-    def bos_token_id(self) -> int | None:
-        value = self.inert.get("bos_token_id")
-        return value if isinstance(value, int) else None
-
-    @property
-    def model_type(self) -> str:
-        return str(self.inert.get("model_type", "deepseek_v3"))
-
     def is_moe_layer(self, layer: int) -> bool:
         return (
             self.n_routed_experts is not None
@@ -325,9 +317,8 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Read the contents of a `config.json`. Raises ConfigError naming the key, its value and the fix."""
         values = dict(values)
-        model_type = values.get("model_type", "deepseek_v3")
-        if model_type not in MODEL_TYPES:
-            raise ConfigError(f"model_type is {model_type!r}: dsv3 loads {', '.join(MODEL_TYPES)}")
+        model_type = values.get("model_type", cls.model_type)
+        _check_model_type(model_type)  # first: another architecture's other keys would only mislead
         for name, allowed in _FIXED.items():
             if name in values and values[name] not in allowed:
                 raise ConfigError(f"{name} is {values[name]!r}: dsv3 supports only {allowed[0]!r}")
@@ -386,7 +377,7 @@ class ModelConfig:
         """The contents of a `config.json` that transformers, vLLM, SGLang and `from_dict` read."""
         values: dict[str, Any] = {
             "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
+            "model_type": self.model_type,
             "hidden_act": "silu",
             "num_key_value_heads": self.num_attention_heads,
         } | self.inert
@@ -421,20 +412,23 @@ def _read_yarn(rope: Any) -> YarnConfig | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']}: dsv3 supports only 1.0")
-    if kind == "default":
-        return None
-    if kind != "yarn":
+    if kind not in ("default", "yarn"):
         raise ConfigError(f"rope_scaling type is {kind!r}: dsv3 supports 'yarn' and plain rotary positions")
     if rope.get("truncate", True) is not True:
         raise ConfigError(
             "rope_scaling.truncate is false: DeepSeek's YaRN rounds its correction range; remove it"
         )
     fields = {f.name for f in dataclasses.fields(YarnConfig)}
-    unknown = sorted(
-        rope.keys() - fields - {"type", "rope_type", "rope_theta", "partial_rotary_factor", "truncate"}
-    )
+    known = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+    if kind == "yarn":
+        known |= fields | {"truncate"}
+    unknown = sorted(rope.keys() - known)
     if unknown:
-        raise ConfigError(f"unknown rope_scaling key {unknown[0]!r}: dsv3 does not know what it changes")
+        raise ConfigError(
+            f"unknown rope_scaling key {unknown[0]!r} with type {kind!r}: dsv3 does not know what it changes"
+        )
+    if kind == "default":
+        return None
     values = {k: v for k, v in rope.items() if k in fields and v is not None}
     missing = sorted({"factor", "original_max_position_embeddings"} - values.keys())
     if missing:
@@ -455,6 +449,11 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "tuple[int, ...]": tuple,
     "dict[str, Any]": dict,
 }
+
+
+def _check_model_type(value: Any) -> None:
+    if value not in MODEL_TYPES:
+        raise ConfigError(f"model_type is {value!r}: dsv3 loads {', '.join(MODEL_TYPES)}")
 
 
 def _check_range(name: str, value: Any) -> None:

@@ -14,9 +14,11 @@ from threading import Thread
 from urllib.parse import unquote, urlparse
 
 import pytest
+import torch
 
 import dsv3
 from dsv3.checkpoint import resolve
+from dsv3.checkpoint.pretrained import locate
 from dsv3.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -93,23 +95,35 @@ def hub() -> Iterator[str]:
 
 
 SCRIPT = """
-import sys
+import json, sys
+import torch
+from dsv3.checkpoint import memory, pretrained
 from dsv3.checkpoint.hub import resolve
-from dsv3.errors import CheckpointError
-for model in sys.argv[1:]:
+from dsv3.errors import UserError
+
+free = json.loads(sys.argv[1])
+if free is not None:
+    memory.free_memory = lambda device: free[0]
+    pretrained.shutil.disk_usage = lambda folder: type("Usage", (), {"free": free[1]})
+for model in sys.argv[2:]:
     try:
-        print(resolve(model))
-    except CheckpointError as error:
+        print(resolve(model) if free is None else pretrained.locate(model, None, torch.device("cpu")))
+    except UserError as error:
         print("refused:", error)
 """
 
 
-def resolve_at(endpoint: str, cache: Path, *models: str, **variables: str) -> list[str]:
-    """`resolve` in a process of its own: the client reads its settings once, when it is imported."""
+def resolve_at(
+    endpoint: str, cache: Path, *models: str, free: tuple[int, int] | None = None, **variables: str
+) -> list[str]:
+    """`resolve` in a process of its own: the client reads its settings once, when it is imported.
+
+    free: bytes of memory and disk; given, it is `locate` on a machine with so much.
+    """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment = inherited | settings | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
-    command = [sys.executable, "-c", SCRIPT, *models]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(free), *models]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     answers = result.stdout.splitlines()
@@ -141,6 +155,69 @@ def test_without_a_network_one_line_says_so(tmp_path: Path) -> None:
     assert answer.startswith("refused: org/model is not a folder here") and "cannot be reached" in answer
 
 
+# Weights that would not fit ------------------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = {name for name in WANTED if name.endswith(".safetensors")}
+
+
+@pytest.fixture
+def _v3_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's model says that it is DeepSeek-V3, and its index, how much there is to download."""
+    monkeypatch.setitem(WANTED, INDEX, b'{"metadata": {"total_size": 688600000000}, "weight_map": {}}')
+
+
+@pytest.mark.usefixtures("_v3_size")
+def test_weights_that_do_not_fit_into_memory_are_not_downloaded(hub: str, tmp_path: Path) -> None:
+    (answer,) = resolve_at(hub, tmp_path, "org/model", free=(64 * 10**9, 10**15))
+    assert answer == (
+        "refused: the model needs 1,342.1 GB as bfloat16, but 64.0 GB are free on cpu: "
+        "it takes a machine with more memory"
+    )
+    assert "config.json" in Hub.requested and not WEIGHTS & set(Hub.requested)
+
+
+@pytest.mark.usefixtures("_v3_size")
+def test_weights_that_do_not_fit_on_the_disk_are_not_downloaded(hub: str, tmp_path: Path) -> None:
+    (answer,) = resolve_at(hub, tmp_path, "org/model", free=(2 * 10**12, 500 * 10**9))
+    assert answer.startswith("refused: the download takes 688.6 GB, but 500.0 GB are free where ")
+    assert answer.endswith(": free some, or set HF_HOME to a folder on another disk")
+    assert not WEIGHTS & set(Hub.requested)
+    (folder,) = resolve_at(hub, tmp_path, "org/model", free=(2 * 10**12, 700 * 10**9))
+    assert set(Hub.requested) >= WEIGHTS and {file.name for file in Path(folder).iterdir()} == WANTED.keys()
+
+
+def test_weights_that_are_here_need_no_room_on_the_disk(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WANTED, INDEX, b'{"metadata": {"total_size": 6}}')
+    (downloaded,) = resolve_at(hub, tmp_path, "org/model")
+    assert resolve_at(hub, tmp_path, "org/model", free=(2 * 10**12, 0)) == [downloaded]
+
+
+@pytest.mark.parametrize("index", [b"{}", b"[]", b'{"metadata": []}', b'{"metadata": {"total_size": "x"}}'])
+def test_an_index_that_says_no_size_stops_no_download(
+    hub: str, tmp_path: Path, index: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WANTED, INDEX, index)
+    (answer,) = resolve_at(hub, tmp_path, "org/model", free=(2 * 10**12, 0))
+    if index == b"[]":  # which is no index
+        assert answer.startswith("refused: ") and answer.endswith(
+            "holds a list, not an object: download it again"
+        )
+    else:
+        assert answer.endswith(COMMIT) and set(Hub.requested) >= WEIGHTS
+
+
+def test_another_architecture_is_refused_before_its_weights_are_downloaded(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WANTED, "config.json", b'{"model_type": "llama"}')
+    (answer,) = resolve_at(hub, tmp_path, "org/model", free=(2 * 10**12, 10**15))
+    assert answer.startswith("refused: model_type is 'llama'")
+    assert not WEIGHTS & set(Hub.requested)
+
+
 # Names that need no hub ----------------------------------------------------------------------------------
 
 
@@ -168,6 +245,8 @@ def test_a_local_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.M
     assert resolve("org/model") == Path("org/model")
     assert resolve("~/org/model") == tmp_path / "org" / "model"
     assert resolve(Path("other/model")) == Path("other/model")  # a Path is local, there or not
+    for local in ("org/model", "~/org/model", Path("other/model")):
+        assert locate(local, None, torch.device("cpu")) == resolve(local)
 
 
 @pytest.mark.usefixtures("_no_hub")

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsv3.checkpoint import DeepseekV3
+from dsv3.checkpoint.memory import free_memory, weight_bytes
 from dsv3.checkpoint.names import table
-from dsv3.checkpoint.pretrained import free_memory
-from dsv3.config import ModelConfig
+from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import CheckpointError, UserError, size
 from tests.checkpoint import released
 
@@ -26,9 +26,9 @@ def ids(vocab: int = 130, batch: int = 2, length: int = 24) -> Tensor:
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
-def logits_of(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+def logits_of(folder: Path, inputs: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return DeepseekV3.from_pretrained(folder, dtype)(ids()).logits
+        return DeepseekV3.from_pretrained(folder, torch.float32)(ids() if inputs is None else inputs).logits
 
 
 def logits_in_transformers(folder: Path) -> Tensor:
@@ -44,6 +44,11 @@ def logits_in_transformers(folder: Path) -> Tensor:
 
 def relative_difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
+
+
+def agreement(one: Tensor, other: Tensor) -> float:
+    """How often both find the same token the likeliest."""
+    return float((one.argmax(-1) == other.argmax(-1)).float().mean())
 
 
 # There and back ------------------------------------------------------------------------------------------
@@ -146,8 +151,18 @@ def test_a_bias_stored_as_bfloat16_stays_so(tmp_path: Path) -> None:
 
 
 def test_weights_load_as_floats_only(bf16: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"dtype is torch\.int8"):
-        DeepseekV3.from_pretrained(bf16, torch.int8)
+    for wrong in (torch.int8, "int8", "auto", "", 32):
+        with pytest.raises(CheckpointError, match=f"dtype is {wrong}: load weights as float32, bfloat16 or"):
+            DeepseekV3.from_pretrained(bf16, wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_have_names(dtype: torch.dtype, bf16: Path) -> None:
+    name = str(dtype).removeprefix("torch.")
+    short = name.replace("bfloat", "bf").replace("float", "fp")
+    for wanted in (dtype, str(dtype), name, short):
+        model = DeepseekV3.from_pretrained(bf16, wanted)
+        assert {p.dtype for p in model.parameters()} == {dtype}, wanted
 
 
 # What is not loaded --------------------------------------------------------------------------------------
@@ -175,14 +190,14 @@ def test_without_mtp_its_copies_need_not_agree(tmp_path: Path) -> None:
 # Memory --------------------------------------------------------------------------------------------------
 
 
-def numbers(folder: Path) -> int:
-    return sum(parameter.numel() for parameter in DeepseekV3.from_pretrained(folder).parameters())
+def bytes_of(folder: Path, dtype: torch.dtype) -> int:
+    return sum(tensor.nbytes for tensor in DeepseekV3.from_pretrained(folder, dtype).state_dict().values())
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
     bf16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, free = numbers(bf16), 0
+    whole, half, free = bytes_of(bf16, torch.float32), bytes_of(bf16, torch.bfloat16), 0
 
     def forbidden(*args: object) -> None:
         raise AssertionError("nothing may be read or allocated")
@@ -192,25 +207,33 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
             DeepseekV3.from_pretrained(bf16, dtype)
         return str(caught.value)
 
-    monkeypatch.setattr("dsv3.checkpoint.pretrained.free_memory", lambda device: free)
+    monkeypatch.setattr("dsv3.checkpoint.memory.free_memory", lambda device: free)
     monkeypatch.setattr("dsv3.checkpoint.pretrained._allocate", forbidden)
     monkeypatch.setattr("dsv3.checkpoint.reader.Checkpoint.get_tensor", forbidden)
-    free = 2 * count
+    free = half
     assert refusal(torch.float32) == (
-        f"the model needs {size(4 * count)} as float32, but {size(free)} are free on cpu: "
-        f"load it as bfloat16 ({size(2 * count)})"
+        f"the model needs {size(whole)} as float32, but {size(half)} are free on cpu: "
+        f"load it as bfloat16 ({size(half)})"
     )
-    free = 2 * count - 1
+    free = half - 1
     for dtype in (torch.float32, torch.bfloat16):
         assert refusal(dtype).endswith("are free on cpu: it takes a machine with more memory")
 
 
 def test_a_model_that_just_fits_is_loaded(bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free: int | None = 2 * numbers(bf16)
-    monkeypatch.setattr("dsv3.checkpoint.pretrained.free_memory", lambda device: free)
+    free: int | None = bytes_of(bf16, torch.bfloat16)
+    monkeypatch.setattr("dsv3.checkpoint.memory.free_memory", lambda device: free)
     DeepseekV3.from_pretrained(bf16)
     free = None  # of a device that does not tell
     DeepseekV3.from_pretrained(bf16, torch.float32)
+
+
+def test_tied_weights_are_counted_once() -> None:
+    tiny = PRESETS["tiny"]
+    saved = weight_bytes(tiny, torch.float32) - weight_bytes(
+        tiny.replace(tie_word_embeddings=True), torch.float32
+    )
+    assert saved == 4 * tiny.vocab_size * tiny.hidden_size
 
 
 def test_free_memory_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,11 +277,39 @@ def test_saved_fp8_has_the_released_layout(bf16: Path, fp8: Path, tmp_path: Path
     assert config["torch_dtype"] == "bfloat16"
 
 
-def test_logits_of_an_fp8_folder_are_within_a_hundredth(bf16: Path, tmp_path: Path) -> None:
-    """Each weight is off by 2.6% (root mean square); what the layers add to the stream is small beside it."""
+def test_fp8_leaves_what_goes_around_the_layers_alone(bf16: Path, tmp_path: Path) -> None:
+    """Here the stream mostly carries its tokens from embedding to head, and neither is quantised.
+
+    So this shows that they are not, and that no scale is far off; what FP8 costs where layers matter, the next
+    test measures.
+    """
     DeepseekV3.from_pretrained(bf16).save_pretrained(tmp_path / "fp8", format="fp8")
     difference = relative_difference(logits_of(tmp_path / "fp8"), logits_of(bf16))
     assert 1e-5 < difference < 1e-2
+
+
+def test_what_fp8_costs_where_the_layers_decide(tmp_path: Path) -> None:
+    """Each weight is off by 2.6% (root mean square), and without the layers most answers would be others.
+
+    Routing is spread by biases, as in a trained model: where all scores are nearly equal, any rounding chooses
+    other experts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = DeepseekV3(PRESETS["nano"]).eval().requires_grad_(False)
+    model.init_weights(generator)
+    model.embed_tokens.weight.normal_(0, 0.15, generator=generator)
+    for name, bias in model.named_buffers():
+        assert name.endswith("e_score_correction_bias")
+        bias.normal_(0, 0.5, generator=generator)
+    inputs = ids(model.config.vocab_size, batch=4, length=64)
+    model.save_pretrained(tmp_path / "fp32", "fp32")
+    model.save_pretrained(tmp_path / "fp8", "fp8")
+    exact, quantised = logits_of(tmp_path / "fp32", inputs), logits_of(tmp_path / "fp8", inputs)
+    without_layers = model.lm_head(model.norm(model.embed_tokens(inputs)))
+    assert relative_difference(without_layers, exact) > 0.3 and agreement(without_layers, exact) < 0.6
+    error, agreed = relative_difference(quantised, exact), agreement(quantised, exact)
+    assert 1e-3 < error < 5e-2, f"relative error {error:.2%}"
+    assert agreed > 0.9, f"the likeliest token stays the same {agreed:.1%} of the time"
 
 
 def test_infinite_weights_are_named_and_nothing_is_left(bf16: Path, tmp_path: Path) -> None:

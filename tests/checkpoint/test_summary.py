@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3 import LLM
+from dsv3.checkpoint.memory import CACHE_SHARE, weight_bytes
 from dsv3.checkpoint.pretrained import DeepseekV3
 from dsv3.checkpoint.summary import Pool, Summary, Weights, memory_pools, summarize
 from dsv3.config import PRESETS
 from dsv3.errors import CheckpointError, UserError
 from dsv3.model import Transformer
+from tests.text import toy
 
 TINY = PRESETS["tiny"]
 V2_LIKE = TINY.replace(
@@ -89,14 +92,54 @@ def test_what_fits_is_the_context_beside_the_weights() -> None:
     weights = Weights("bf16", 1000, None)
     assert summary.context_in(Pool("RAM", 9999, 999), weights) is None
     assert summary.context_in(Pool("RAM", 9999, 1000), weights) == 0
-    assert summary.context_in(Pool("RAM", 9999, 1000 + 144 * 7), weights) == 7
-    assert summary.context_in(Pool("RAM", 9999, 1000 + 144 * 7), Weights("fp32", 1000, None)) == 3
+    room = 1000 + int(144 * 7 / CACHE_SHARE)
+    assert summary.context_in(Pool("RAM", 9999, room), weights) == 7
+    assert summary.context_in(Pool("RAM", 9999, room), Weights("fp32", 1000, None)) == 3
     assert summary.context_in(Pool("RAM", 10**9, 10**9), weights) == 512
 
 
-def test_this_machine_has_memory() -> None:
+@pytest.mark.parametrize("config", [TINY, V2_LIKE, DENSE, TINY.replace(num_nextn_predict_layers=2)])
+def test_memory_is_what_generating_loads(config) -> None:  # type: ignore[no-untyped-def]
+    """That is the main model: `weight_bytes` and the table of names agree on it."""
+    main = Summary(config.replace(num_nextn_predict_layers=0))
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for weights, alone in zip(Summary(config).weights, main.weights, strict=True):
+        assert weights.memory == alone.memory, "MTP modules are not loaded"
+        assert alone.disk in (None, alone.memory), "without them there are no copies"
+        if weights.runs:
+            assert weights.memory == weight_bytes(main.config, dtypes[weights.format])
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_inspect_foretells_what_the_engine_does(
+    format: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the model fits, to the byte, and how many tokens of context it then has."""
+    model = DeepseekV3(TINY.replace(vocab_size=toy.train().get_vocab_size()))
+    model.init_weights()
+    model.save_pretrained(tmp_path / "model")
+    folder = toy.save(tmp_path / "model")
+    summary = summarize(str(folder))
+    weights = next(weights for weights in summary.weights if weights.format == format)
+    free, loaded = [0], weights.memory  # the engine looks when the weights are in their place
+    for module in ("checkpoint.memory", "checkpoint.summary"):
+        monkeypatch.setattr(f"dsv3.{module}.free_memory", lambda device: free[0])
+    monkeypatch.setattr("dsv3.engine.machine.free_memory", lambda device: free[0] - loaded)
+    for free[0] in (loaded - 1, loaded + 10_000, loaded + 20_001, loaded + 10**9):
+        foretold = summary.context_in(memory_pools()[0], weights)
+        if foretold is None:
+            with pytest.raises(CheckpointError, match="the model needs"):
+                LLM(folder, dtype=dtype, device="cpu")
+        else:
+            assert LLM(folder, dtype=dtype, device="cpu").max_model_len == foretold
+    assert foretold == TINY.max_position_embeddings
+
+
+def test_this_machine_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ram = memory_pools()[0]
     assert ram.name == "RAM" and 0 < ram.free <= ram.total
+    monkeypatch.setattr("dsv3.checkpoint.summary.free_memory", lambda device: 1234)
+    assert memory_pools()[0].free == 1234, "inspect measures as loading does"
 
 
 def test_whatever_names_a_model(tmp_path: Path) -> None:

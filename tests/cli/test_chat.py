@@ -99,6 +99,34 @@ def test_json_for_programs(checkpoint: Path, capsys: pytest.CaptureFixture[str])
     assert facts["finish_reason"] in ("stop", "length") and 0 < facts["tokens"] <= 12
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--top-p", "0"),
+        ("--top-p", "1.1"),
+        ("--repetition-penalty", "0"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--stop", ""),
+    ],
+)
+def test_wrong_sampling_is_said_before_a_model_is_looked_for(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "/no/such/model", "-p", "fox", flag, value]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"dsv3: Invalid value for '{flag}': ") and err.count("\n") == 1, err
+
+
+def test_top_k_may_be_any_number(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replies = []
+    for k in ("0", "1" + 20 * "0"):
+        free = ["--temperature", "5", "--seed", "1", "--top-k", k]
+        assert main(["chat", str(checkpoint), "-p", "fox", *QUICK, *free]) == 0
+        replies.append(capsys.readouterr())
+    assert replies[0] == replies[1]
+
+
 @pytest.mark.parametrize("content", [b"", b" \n\n"])
 def test_empty_stdin_is_said_before_a_model_is_looked_for(
     content: bytes, stdin: io.BytesIO, capsys: pytest.CaptureFixture[str]
@@ -137,14 +165,14 @@ def test_a_standard_input_that_is_closed() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path) -> None:
-    """The pipe is closed before the reply begins, as by `| head -0`."""
+    """The pipe is closed before the reply begins, as by `| head -c0`. The status is that of a SIGPIPE."""
     read, write = os.pipe()
     os.close(read)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     command = [sys.executable, "-m", "dsv3.cli.main", "chat", str(checkpoint), "-p", "fox", *QUICK]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env, text=True, timeout=120)
     os.close(write)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 # The conversation -------------------------------------------------------------------------------------------
@@ -215,6 +243,46 @@ def test_a_question_that_cannot_be_asked_is_forgotten(llm: LLM) -> None:
     with pytest.raises(UserError, match="max_model_len"):
         talk.reply("fox " * 600)
     assert talk.messages == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_whatever_stops_a_question_it_is_forgotten(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    talk = session(Scripted(["A fox."]))
+    talk.reply("Who?")
+    monkeypatch.setattr(Scripted.tokenizer, "encode_chat", fails)
+    with pytest.raises(error):
+        talk.reply("And?")
+    assert [m["content"] for m in talk.messages] == ["Who?", "A fox."]
+
+
+def test_an_interruption_before_the_answer_does_not_end_the_session(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A long conversation takes a while to be cut to the context, and Ctrl-C may come then too."""
+    lines = iter(["Who?", "interrupted", "And?"])
+
+    class Editor:
+        def prompt(self, _: str) -> str:
+            if (line := next(lines, None)) is None:
+                raise EOFError
+            return line
+
+    def encode_chat(messages: list[Any], **_: Any) -> list[int]:
+        if messages[-1]["content"] == "interrupted":
+            raise KeyboardInterrupt
+        return [0]
+
+    monkeypatch.setattr("dsv3.cli.chat._line_editor", Editor)
+    monkeypatch.setattr(Scripted.tokenizer, "encode_chat", encode_chat)
+    talk = session(Scripted(["A fox."]))
+    talk.run("title")
+    assert [m["content"] for m in talk.messages] == ["Who?", "A fox.", "And?", "A fox."]
+    assert "Ctrl-D or /exit leaves" in capsys.readouterr().err
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(capsys: pytest.CaptureFixture[str]) -> None:

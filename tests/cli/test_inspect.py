@@ -28,10 +28,11 @@ def test_v3_in_a_terminal(
         r"routed experts +653,908,770,816 +20,434,649,088",
         r"main model +671,026,419,200 +37,552,297,472",
         r"as files count them +684,489,845,504",
-        r"bf16 +1,365\.\d GB +1,369\.\d GB +(fits|does not fit)",
-        r"fp8 +684\.9 GB +688\.6 GB +stored only",
+        r"Weights: in memory without MTP, on disk with it",
+        r"bf16 +1,342\.1 GB +1,369\.\d GB +(fits|does not fit)",
+        r"fp8 +673\.2 GB +688\.6 GB +stored only",
         r"int8 \(estimate\) +[\d.]+ GB +not in dsv3",
-        r"int4 \(estimate\) +355\.1 GB",
+        r"int4 \(estimate\) +348\.9 GB",
         r"one token +70,272 bytes",
         r"128K tokens +9\.2 GB",
     ):
@@ -46,6 +47,9 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(part["total"] for part in facts["parameters"]["parts"]) == facts["parameters"]["with_mtp"]
     assert facts["cache"] == {"dtype": "bf16", "per_token": 70_272, "at_128k": 70_272 * 131_072}
     assert [w["format"] for w in facts["weights"] if w["estimate"]] == ["int8", "int4"]
+    bf16 = next(w for w in facts["weights"] if w["format"] == "bf16")
+    assert bf16["memory"] // 2 == pytest.approx(671_026_419_200, rel=1e-6), "without MTP"
+    assert bf16["disk"] // 2 == pytest.approx(facts["parameters"]["in_files"], rel=1e-6), "with it"
     assert facts["machine"][0]["context"].keys() == {"fp32", "bf16"}, "dsv3 does not run the other formats"
     assert facts["machine"][0]["name"] == "RAM" and facts["checkpoint"] is None
     assert facts["config"]["num_hidden_layers"] == 61
@@ -67,8 +71,8 @@ def test_of_several_gpus_the_roomiest_is_shown(
     monkeypatch.setenv("COLUMNS", "80")
     free = {0: 10**9, 1: 80 * 10**9}
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda i: (free[i], 90 * 10**9))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: "NVIDIA H100")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (free[gpu.index], 90 * 10**9))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda gpu: "NVIDIA H100")
     assert main(["inspect", "v3-16b"]) == 0
     out = capsys.readouterr().out
     assert "80.0 GB of free" in out and "GPU 1" in out and "GPU 0" not in out

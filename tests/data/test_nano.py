@@ -346,6 +346,17 @@ def test_identity_says_who_it_is() -> None:
     assert len(answers) > 100
 
 
+def test_identity_is_asked_about_alone_and_in_the_middle_of_a_chat() -> None:
+    identity = [([f"question {i}", f"QUESTION {i}"], f"answer {i}") for i in range(7)]
+    chats = list(nano_chats.identity_variants(identity, 20, random.Random(0)))
+    assert {len(chat) for chat in chats} == {2, 4, 6, 8}
+    pairs = [
+        (q.content.lower()[-1], a.content[-1]) for c in chats for q, a in zip(c[::2], c[1::2], strict=True)
+    ]
+    assert all(question == answer for question, answer in pairs)
+    assert Counter(answer for _, answer in pairs) == {str(i): 20 for i in range(7)}
+
+
 def test_unfit_small_talk_and_fragments_are_left_out(material: Path) -> None:
     said = [m.content for chat in nano_chats.small_talk(material) for m in chat]
     assert "Good day to you." in said and "is a server" not in said

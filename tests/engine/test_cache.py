@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsv3.checkpoint.memory import CACHE_SHARE, token_bytes
 from dsv3.config import PRESETS
-from dsv3.engine.cache import FIRST_CAPACITY, LatentCache, token_bytes
-from dsv3.engine.machine import CACHE_SHARE, choose_device, choose_dtype, cpu_has_bf16, fitting_tokens
+from dsv3.engine.cache import FIRST_CAPACITY, LatentCache
+from dsv3.engine.machine import choose_device, choose_dtype, cpu_has_bf16, fitting_tokens
 from dsv3.errors import UserError
 
 TINY = PRESETS["tiny"]
@@ -106,6 +107,7 @@ def test_what_fits_follows_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
     assert fitting_tokens(PRESETS["v3-671b"], torch.bfloat16, CPU) == 1000 * CACHE_SHARE
+    assert fitting_tokens(PRESETS["v3-671b"], torch.bfloat16, torch.device("meta")) is None
 
 
 def test_dtype() -> None:

@@ -330,6 +330,16 @@ def test_memory_limits_who_runs_together_but_never_the_first() -> None:
         assert sequence.output_ids == greedy(sequence.prompt_ids, 12)
 
 
+def test_memory_that_cannot_be_measured_limits_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv3.engine.machine.free_memory", lambda device: None)
+    e = engine(max_num_seqs=3)
+    assert e.max_model_len == CONFIG.max_position_embeddings
+    for prompt in prompts([4, 4, 4]):
+        e.add(e.sequence(prompt, SamplingParams(max_tokens=None)))
+    e.step()
+    assert len(e.scheduler.running) == 3
+
+
 def test_seeds() -> None:
     def say(seed: int | None, engine_seed: int = 0) -> list[int]:
         e = engine(seed=engine_seed)

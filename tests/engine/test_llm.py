@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dsv3 import LLM, DeepseekV3, SamplingParams
-from dsv3.config import PRESETS
+from dsv3.checkpoint.memory import weight_bytes
+from dsv3.config import PRESETS, ModelConfig
 from dsv3.engine.llm import read_generation_config
 from dsv3.engine.machine import choose_device, choose_dtype
 from dsv3.errors import CheckpointError, UserError
@@ -371,10 +372,11 @@ def test_devices_and_dtypes() -> None:
     cpu = torch.device("cpu")
     assert choose_device("cpu") == choose_device(cpu) == cpu
     assert choose_dtype(torch.float32, cpu) is choose_dtype("fp32", cpu) is torch.float32
+    assert choose_dtype("torch.bfloat16", cpu) is choose_dtype("bf16", cpu) is torch.bfloat16
     for wrong in (None, "tpu", "meta", 1.5, torch.device("meta")):
         with pytest.raises(UserError, match="device is"):
             choose_device(wrong)  # type: ignore[arg-type]
-    for wrong in (None, "int8", torch.int8, torch.float16, {}):
+    for wrong in (None, "int8", torch.int8, torch.float16, "fp16", {}):
         with pytest.raises(UserError, match="dtype is"):
             choose_dtype(wrong, cpu)  # type: ignore[arg-type]
 
@@ -390,6 +392,48 @@ def test_a_model_already_in_place(llm: LLM) -> None:
     assert other.generate(PROMPTS[0], GREEDY) == llm.generate(PROMPTS[0], GREEDY)
     with pytest.raises(UserError, match="tokenizer is None"):
         LLM(llm.model)
+
+
+def test_of_a_hub_model_that_does_not_fit_no_weight_is_downloaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that does fit is downloaded, and answers as from its folder."""
+    asked: list[bool] = []
+
+    def snapshot_download(repo: str, **kwargs: Any) -> str:
+        asked.append("*.safetensors" not in kwargs["ignore_patterns"])
+        return str(folder)
+
+    def on_hub() -> LLM:
+        return LLM("org/model", dtype="float32", device="cpu")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    expected = LLM(folder, dtype="float32").generate(PROMPTS[0], GREEDY)
+    assert asked == [], "a folder needs no hub"
+    with monkeypatch.context() as small:
+        small.setattr("dsv3.checkpoint.memory.free_memory", lambda device: 1000)
+        with pytest.raises(
+            CheckpointError, match=r"^the model needs .* as float32, but 1\.0 kB are free on cpu"
+        ):
+            on_hub()
+    assert asked == [False]
+    assert on_hub().generate(PROMPTS[0], GREEDY) == expected
+    assert asked == [False, False, True]
+
+
+def test_the_mtp_modules_need_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine does not load them: what is enough for the main model is enough."""
+    config = ModelConfig.from_json(folder / "config.json")
+    main = weight_bytes(config.replace(num_nextn_predict_layers=0), torch.float32)
+    assert main < weight_bytes(config, torch.float32)
+    monkeypatch.setattr("dsv3.checkpoint.memory.free_memory", lambda device: main)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **kwargs: str(folder))
+    for model in (folder, "org/model"):
+        LLM(model, dtype="float32", device="cpu")
+    monkeypatch.setattr("dsv3.checkpoint.memory.free_memory", lambda device: main - 1)
+    for model in (folder, "org/model"):
+        with pytest.raises(CheckpointError, match="the model needs"):
+            LLM(model, dtype="float32", device="cpu")
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

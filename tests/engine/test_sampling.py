@@ -55,7 +55,7 @@ def in_transformers(logits: Tensor, params: SamplingParams) -> Tensor:
 def filters(draw: st.DrawFn) -> SamplingParams:
     return SamplingParams(
         temperature=draw(st.floats(0.05, 3)),
-        top_k=draw(st.sampled_from([0, 1, 2, 7, 50, 2000, 10_000])),
+        top_k=draw(st.sampled_from([0, 1, 2, 7, 50, 2000, 10_000, 10**20])),
         top_p=draw(st.sampled_from([1.0]) | st.floats(0.01, 0.999)),
         min_p=draw(st.sampled_from([0.0]) | st.floats(0.001, 1.0)),
     )
@@ -96,11 +96,25 @@ def test_top_p_sees_only_what_top_k_left() -> None:
     assert (distribution(logits, [SamplingParams(top_p=0.55)]) > 0).tolist() == [[True, True, False, False]]
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.95])
+def test_top_p_is_a_share_of_what_a_long_top_k_leaves(min_p: float) -> None:
+    """The prefix alone does not tell how much that is, even where top_p or min_p cut within it."""
+    logits = torch.linspace(1.0, 0.5, 1200).log().unsqueeze(0)
+    params = SamplingParams(top_k=1000, top_p=0.2, min_p=min_p)
+    kept = int((distribution(logits, [params]) > 0).sum())
+    assert kept == int((in_transformers(logits, params) > 0).sum()) and 100 < kept < PREFIX
+
+
 def test_without_filters_nothing_is_ruled_out() -> None:
     logits = torch.randn(2, 3 * PREFIX)
     rows = [SamplingParams(), SamplingParams(top_p=0.5)]  # together with one that filters, too
     torch.testing.assert_close(distribution(logits, rows)[0], logits[0].softmax(-1))
     assert (distribution(logits, rows)[1] > 0).sum() < 3 * PREFIX
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
+    logits = torch.randn(1, 3 * PREFIX)
+    assert torch.equal(distribution(logits, [SamplingParams(top_k=10**20)]), logits.softmax(-1))
 
 
 # Penalties ----------------------------------------------------------------------------------------------

@@ -121,6 +121,18 @@ def test_unused_experts_have_zero_gradient_and_not_none() -> None:
         assert all(bool(grad[expert].any()) for expert in indices.unique())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_at_all(dtype: torch.dtype) -> None:
+    x, indices, weights, gate_up, down = case(3, 6, 3, 16, 8, dtype)
+    leaves = [t.requires_grad_() for t in (x[:0], weights[:0], gate_up, down)]
+    out = routed_experts(leaves[0], indices[:0], *leaves[1:])
+    assert (out.shape, out.dtype) == ((0, 16), dtype)
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape and not grad.any(), "a gradient that is zero, not one that is missing"
+    with torch.no_grad():
+        assert routed_experts(leaves[0], indices[:0], *leaves[1:]).shape == (0, 16)
+
+
 @pytest.mark.parametrize("name", ["one token", "one expert", "experts without tokens", "all experts"])
 def test_one_token(name: str) -> None:
     x, indices, weights, gate_up, down = CASES[name]

@@ -86,5 +86,6 @@ def v2_configs(draw: st.DrawFn) -> ModelConfig:
         scoring_func="softmax",
         topk_method=method,
         norm_topk_prob=False,
-        inert={"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]},
+        model_type="deepseek_v2",
+        inert={"architectures": ["DeepseekV2ForCausalLM"]},
     )

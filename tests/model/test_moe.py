@@ -23,7 +23,7 @@ V2 = V3.replace(
     topk_method="group_limited_greedy",
     norm_topk_prob=False,
     routed_scaling_factor=16.0,
-    inert={"model_type": "deepseek_v2"},
+    model_type="deepseek_v2",
 )
 
 

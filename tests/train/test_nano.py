@@ -426,6 +426,18 @@ def test_bits_per_byte_is_what_it_says(
     assert found.keys() == {"novels", "stories"}
 
 
+def test_a_checkpoint_is_evaluated_as_it_would_be_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = DeepseekV3(PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(5))
+    model.save_pretrained(tmp_path / "checkpoint", format="fp8")
+    assert main(command("evaluate", data, tmp_path / "checkpoint")) == 0
+    found = json.loads(capsys.readouterr().out)
+    stored = DeepseekV3.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    assert found == {kind: round(bits, 4) for kind, bits in nano.bits_per_byte(stored, data).items()}
+
+
 def test_an_even_guess_costs_log2_of_the_vocabulary(data: Path) -> None:
     model = Transformer(PRESETS["tiny"])
     model.init_weights(torch.Generator().manual_seed(0))

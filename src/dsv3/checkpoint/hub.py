@@ -39,6 +39,11 @@ def resolve(model: str | Path, weights: bool = True) -> Path:
     return _download(hub_id[1], hub_id[2], _REFUSED if weights else [*_REFUSED, "*.safetensors"])
 
 
+def is_on_hub(model: str | Path) -> bool:
+    """Whether `resolve` would ask the hub: a hub id, and nothing here has that name."""
+    return isinstance(model, str) and bool(_HUB_ID.fullmatch(model)) and not Path(model).exists()
+
+
 def expand(path: str | Path) -> Path:
     """The path with a folder in the place of `~`; raises CheckpointError if the user has none."""
     try:

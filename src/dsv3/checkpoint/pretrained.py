@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-import psutil
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.hub import resolve
+from dsv3.checkpoint.hub import is_on_hub, resolve
+from dsv3.checkpoint.memory import check_memory
 from dsv3.checkpoint.names import table
 from dsv3.checkpoint.progress import progress_bar
-from dsv3.checkpoint.reader import FLOATS, QUANTIZATION, Checkpoint, open_checkpoint
+from dsv3.checkpoint.reader import INDEX, QUANTIZATION, Checkpoint, float_dtype, open_checkpoint, read_config
 from dsv3.checkpoint.writer import (
     DTYPES,
     SHARD_SIZE,
@@ -24,6 +25,7 @@ from dsv3.checkpoint.writer import (
     write_config,
     write_weights,
 )
+from dsv3.config import read_json
 from dsv3.errors import CheckpointError, size
 from dsv3.model import Transformer
 from dsv3.model.rope import Rope
@@ -37,31 +39,33 @@ class DeepseekV3(Transformer):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
         progress: bool = False,
         mtp: bool = True,
     ) -> Self:
         """Load a checkpoint: a folder, `nano`, or a hub id (`org/name`, `org/name@revision`).
 
-        dtype: of the weights in memory (float32, bfloat16 or float16); by default as stored, and bfloat16
-        for FP8, which is dequantised. The correction biases keep their stored dtype. mtp: whether to load the
-        multi-token prediction modules, which plain generation does not need; without them the config counts
-        none. Takes little more memory than the model itself. Raises CheckpointError before allocating
-        anything if the folder is not whole, or the model larger than what is free.
+        dtype: of the weights in memory (float32, bfloat16 or float16, or their names); by default as stored,
+        and bfloat16 for FP8, which is dequantised. The correction biases keep their stored dtype. mtp: whether
+        to load the multi-token prediction modules, which plain generation does not need; without them the config
+        counts none. Takes little more memory than the model itself. Raises CheckpointError before allocating
+        anything if the folder is not whole, or the model larger than what is free; weights that do not fit
+        are not even downloaded.
         """
-        checkpoint = open_checkpoint(resolve(path))
+        wanted = None if dtype is None else float_dtype(dtype)
+        if dtype is not None and wanted is None:
+            raise CheckpointError(f"dtype is {dtype}: load weights as float32, bfloat16 or float16")
+        device = torch.device(device)
+        checkpoint = open_checkpoint(locate(path, wanted, device))
         if not mtp:
             checkpoint = checkpoint.without_mtp()
-        dtype = dtype or checkpoint.dtype
-        if dtype not in FLOATS:
-            raise CheckpointError(f"dtype is {dtype}: load weights as float32, bfloat16 or float16")
+        wanted = wanted or checkpoint.dtype
+        check_memory(checkpoint.config, wanted, device)
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(quantization_config=None))
-        device = torch.device(device)
-        check_memory(model, dtype, device)
         checkpoint.check_copies()
-        state = _allocate(model, checkpoint, dtype, device)
+        state = _allocate(model, checkpoint, wanted, device)
         _fill(state, checkpoint, progress)
         model.load_state_dict(state, assign=True)
         if model.config.tie_word_embeddings:
@@ -76,9 +80,10 @@ class DeepseekV3(Transformer):
         max_shard_size: int = SHARD_SIZE,
         mtp_copies: bool = True,
     ) -> None:
-        """Write a checkpoint folder that transformers, vLLM and SGLang read.
+        """Write a checkpoint folder.
 
-        format: `bf16`, `fp8` (128 x 128 blocks, as released) or `fp32`. max_shard_size is in bytes.
+        format: `bf16` and `fp32` folders are read by transformers (tested); `fp8` is DeepSeek's released layout,
+        blocks of 128 x 128. max_shard_size is in bytes.
         mtp_copies: whether the MTP modules repeat embedding and head, as released files do. The folder
         appears when it is complete; an existing checkpoint there is replaced, any other folder that is not
         empty is refused.
@@ -103,34 +108,36 @@ class DeepseekV3(Transformer):
             write_weights(folder, infos, tensors(), max_shard_size)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that tensors on a device may still take; None where there is no telling."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    if device.type == "cuda":  # what torch holds but does not use is free too
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + idle
-    return None
+def locate(path: str | Path, dtype: torch.dtype | None, device: torch.device) -> Path:
+    """The folder of a model, as `resolve` has it; weights come from the hub only if they fit on this machine.
 
-
-def check_memory(model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise CheckpointError if the device lacks the memory for a model of this shape and dtype.
-
-    The alternatives are an allocation that fails halfway, or a kernel that ends the process.
+    What can be told from the small files is checked on them first: that dsv3 reads such a config, that the main
+    model fits into the device's memory as `dtype` (None: as stored, which is half precision at least), and that
+    the disk has room for the weights. Raises CheckpointError or ConfigError.
     """
-    free, numbers = free_memory(device), sum(parameter.numel() for parameter in model.parameters())
-    needed = numbers * dtype.itemsize
-    if free is None or needed <= free:
+    if is_on_hub(path):
+        folder = resolve(path, weights=False)
+        main = read_config(folder).replace(num_nextn_predict_layers=0)
+        check_memory(main, dtype or torch.bfloat16, device)
+        _check_disk(folder)
+    return resolve(path)
+
+
+def _check_disk(folder: Path) -> None:
+    """Raise CheckpointError if the weights that a folder from the hub still lacks would not fit beside it."""
+    if not (folder / INDEX).is_file():
+        return  # all weights in one file, and no other tells its size
+    metadata = read_json(folder / INDEX, CheckpointError).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(total, int):
         return
-    halved = numbers * torch.bfloat16.itemsize
-    if halved < needed and halved <= free:
-        advice = f"load it as bfloat16 ({size(halved)})"
-    else:
-        advice = "it takes a machine with more memory"
-    name = str(dtype).removeprefix("torch.")
-    raise CheckpointError(
-        f"the model needs {size(needed)} as {name}, but {size(free)} are free on {device}: {advice}"
-    )
+    here = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
+    free = shutil.disk_usage(folder).free
+    if total - here > free:
+        raise CheckpointError(
+            f"the download takes {size(total - here)}, but {size(free)} are free where {folder} is: free some, or "
+            "set HF_HOME to a folder on another disk"
+        )
 
 
 def _allocate(

@@ -29,6 +29,14 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FP8 = torch.float8_e4m3fn
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
 QUANTIZATION: dict[str, Any] = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -36,6 +44,11 @@ QUANTIZATION: dict[str, Any] = {
     "weight_block_size": [BLOCK, BLOCK],
 }
 """The `quantization_config` of released FP8 files."""
+
+
+def float_dtype(name: str | torch.dtype) -> torch.dtype | None:
+    """One of FLOATS by its name, as `float32`, `fp32` or torch has it; None if it is none of them."""
+    return _NAMES.get(str(name).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -127,10 +140,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError (or ConfigError, for what config.json says) with one line that names what is wrong.
     """
     folder = Path(path)
-    _check_folder(folder)
-    config = ModelConfig.from_json(folder / CONFIG)
-    if config.quantization_config is not None:
-        _check_quantization(folder, config.quantization_config)
+    config = read_config(folder)
     shards = _read_shards(folder)
     tensors = {name: info for shard in shards.values() for name, info in shard.items()}
     modules = range(config.num_nextn_predict_layers)
@@ -144,6 +154,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             _check_tensor(folder, config, pieces[name], info, tensors.get(name + SCALE_SUFFIX))
     present = {name: piece for name, piece in pieces.items() if name in tensors}
     return Checkpoint(folder, config, present, shards)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """What a folder's config.json asks for. Raises like `open_checkpoint`, and needs no weights."""
+    _check_folder(folder)
+    config = ModelConfig.from_json(folder / CONFIG)
+    if config.quantization_config is not None:
+        _check_quantization(folder, config.quantization_config)
+    return config
 
 
 def _check_folder(folder: Path) -> None:

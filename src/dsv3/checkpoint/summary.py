@@ -22,9 +22,10 @@ import psutil
 import torch
 
 from dsv3.checkpoint.hub import NANO, expand, resolve
+from dsv3.checkpoint.memory import cache_tokens, free_memory, token_bytes, weight_bytes
 from dsv3.checkpoint.names import HEAD, Piece, table
 from dsv3.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
-from dsv3.checkpoint.writer import Format, plan
+from dsv3.checkpoint.writer import DTYPES, Format, plan
 from dsv3.config import PRESETS, ModelConfig
 
 # The first pattern that a name matches says what part it is.
@@ -57,9 +58,10 @@ class Weights:
 
     format: str
     memory: int
-    """Main model and MTP modules, without copies."""
+    """Of the main model, which is all that generating needs."""
     disk: int | None
-    """As a checkpoint, with MTP's copies; None where dsv3 does not write the format: `memory` is a guess."""
+    """Of released files, with MTP modules and their copies; None where dsv3 does not write the format, and
+    `memory` is a guess."""
 
     @property
     def runs(self) -> bool:
@@ -86,7 +88,6 @@ class Files:
     tensors: int
     shards: int
     nbytes: int
-    has_mtp: bool
 
 
 @dataclass(frozen=True)
@@ -154,36 +155,37 @@ class Summary:
     @cached_property
     def weights(self) -> tuple[Weights, ...]:
         """Memory and disk in each number format: exact for those that dsv3 writes, else an estimate."""
-        exact: tuple[Format, ...] = ("fp32", "bf16", "fp8")
+        main = self.config.replace(num_nextn_predict_layers=0)
+        run: tuple[Format, ...] = ("fp32", "bf16")
         return (
-            *(Weights(f, self._bytes(f, copies=False), self._bytes(f, copies=True)) for f in exact),
+            *(Weights(f, weight_bytes(main, DTYPES[f]), self._bytes(f)) for f in run),
+            Weights("fp8", self._bytes("fp8", mtp=False), self._bytes("fp8")),
             *(Weights(f"int{bits}", self._estimate(bits), None) for bits in (8, 4)),
         )
 
-    def _bytes(self, format: Format, copies: bool) -> int:
-        kinds = [(piece, count) for _, piece, count in self._kinds if copies or piece.copy_of is None]
-        return sum(_stored(piece, format) * count for piece, count in kinds)
+    def _bytes(self, format: Format, mtp: bool = True) -> int:
+        return sum(_stored(piece, format) * n for part, piece, n in self._kinds if mtp or part != MTP)
 
     def _estimate(self, bits: int) -> int:
         """What FP8 quantises, in so many bits and a 16-bit scale for each 128 weights; the rest in bf16."""
         size = 0
-        for _, piece, count in self._kinds:
-            if piece.copy_of is None:
+        for part, piece, count in self._kinds:
+            if part != MTP:
                 n = math.prod(piece.shape)
                 size += count * (n * bits // 8 + n // 64 if piece.in_fp8 else _stored(piece, "bf16"))
         return size
 
-    def cache_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes that the latent cache takes for one token, over the main model's layers."""
-        return self.config.num_hidden_layers * self.config.latent_dim * dtype.itemsize
+    def cache_per_token(self) -> int:
+        """Bytes that the latent cache takes for one token, in bf16."""
+        return token_bytes(self.config, torch.bfloat16)
 
     def context_in(self, pool: Pool, weights: Weights) -> int | None:
-        """Tokens of cache that fit beside the weights, at most the model's own limit; None: not even they."""
+        """Tokens of context that the engine offers beside the weights; None: not even they fit."""
         room = pool.free - weights.memory
         if room < 0:
             return None
-        dtype = torch.float32 if weights.format == "fp32" else torch.bfloat16
-        return min(room // self.cache_per_token(dtype), self.config.max_position_embeddings)
+        tokens = cache_tokens(self.config, DTYPES[weights.format], room)
+        return min(tokens, self.config.max_position_embeddings)
 
 
 def _stored(piece: Piece, format: Format) -> int:
@@ -224,15 +226,14 @@ def _files(checkpoint: Checkpoint) -> Files:
         tensors=len(checkpoint.tensors),
         shards=len(checkpoint.shards),
         nbytes=checkpoint.nbytes,
-        has_mtp=checkpoint.config.num_nextn_predict_layers > 0,
     )
 
 
 def memory_pools() -> list[Pool]:
     """This machine's main memory and that of each NVIDIA GPU; what is free, is free right now."""
-    ram = psutil.virtual_memory()
-    pools = [Pool("RAM", ram.total, ram.available)]
+    pools = [Pool("RAM", psutil.virtual_memory().total, free_memory(torch.device("cpu")) or 0)]
     for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        pools.append(Pool(f"GPU {i} ({torch.cuda.get_device_name(i)})", total, free))
+        gpu = torch.device("cuda", i)
+        name, total = f"GPU {i} ({torch.cuda.get_device_name(gpu)})", torch.cuda.mem_get_info(gpu)[1]
+        pools.append(Pool(name, total, free_memory(gpu) or 0))
     return pools

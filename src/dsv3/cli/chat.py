@@ -60,12 +60,16 @@ def chat(
     system: Annotated[str, typer.Option("--system", "-s", help="Text before the conversation.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
     temperature: Annotated[float | None, _sampling("Above 1 freer; 0 is greedy.", min=0)] = None,
-    top_p: Annotated[float | None, _sampling("Keep this much of the probability.", min=0, max=1)] = None,
+    top_p: Annotated[
+        float | None, _sampling("Keep this much of the probability: above 0, at most 1.")
+    ] = None,
     top_k: Annotated[int | None, _sampling("Keep the k likeliest; 0 keeps all.", min=0)] = None,
     min_p: Annotated[
         float | None, _sampling("Keep the likeliest, and what is this likely beside it.", min=0, max=1)
     ] = None,
-    repetition_penalty: Annotated[float | None, _sampling("Above 1 repeats less.", min=0)] = None,
+    repetition_penalty: Annotated[
+        float | None, _sampling("Above 1 repeats less; it must be above 0.")
+    ] = None,
     presence_penalty: Annotated[
         float | None, _sampling("Above 0 avoids what it has said.", min=-2, max=2)
     ] = None,
@@ -94,10 +98,6 @@ def chat(
     if as_json and prompt is None:
         raise typer.BadParameter("it needs a prompt: give -p, or pipe one in", param_hint="--json")
 
-    from dsv3.engine.llm import LLM
-
-    seed = secrets.randbits(32) if seed is None else seed
-    llm = LLM(model, dtype=dtype, device=device, seed=seed, progress=sys.stderr.isatty())
     wanted: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -110,6 +110,12 @@ def chat(
         "stop": stop,
     }
     given = {name: value for name, value in wanted.items() if value is not None}
+    _check_flags(given)
+
+    from dsv3.engine.llm import LLM
+
+    seed = secrets.randbits(32) if seed is None else seed
+    llm = LLM(model, dtype=dtype, device=device, seed=seed, progress=sys.stderr.isatty())
     if thinking is not None and "thinking" not in (llm.tokenizer.chat_template or ""):
         raise UserError(
             f"--thinking changes nothing: the chat template of {model} does not know it, leave it out"
@@ -120,6 +126,17 @@ def chat(
         session.run(f"{model} · {llm.max_model_len:,} tokens of context")
     else:
         session.reply_once(prompt.strip(), as_json)
+
+
+def _check_flags(given: dict[str, Any]) -> None:
+    """Refuse what SamplingParams would, as wrong use and before a model is loaded."""
+    from dsv3.engine.sampling import SamplingParams
+
+    for name, value in given.items():
+        try:
+            SamplingParams(**{name: value})
+        except UserError as error:
+            raise typer.BadParameter(str(error), param_hint=f"'--{name.replace('_', '-')}'") from None
 
 
 @dataclasses.dataclass
@@ -189,29 +206,27 @@ class Session:
             self._note_speed(answer)
 
     def reply(self, text: str) -> None:
-        """Answer one message of the conversation, which remembers both."""
-        self.turns.append({"role": "user", "content": text})
-        try:
-            answer = self.ask(self._within_context(), _write)
-        except UserError:
-            self.turns.pop()
-            raise
-        _write("\n")
+        """Answer one message of the conversation, which remembers both, or neither if there is no answer."""
+        question: Message = {"role": "user", "content": text}
+        answer = self.ask(self._within_context(question), _write)
         if answer.text:
-            self.turns.append({"role": "assistant", "content": answer.text})
-        else:
-            self.turns.pop()  # a question nobody answered would stand beside the next one
+            self.turns += [question, {"role": "assistant", "content": answer.text}]
+        _write("\n")
         self._note_speed(answer)
 
-    def _within_context(self) -> list[Message]:
-        """The conversation without its oldest turns if they leave no room for an answer; says so once."""
+    def _within_context(self, question: Message) -> list[Message]:
+        """The conversation up to the question, without its oldest turns if they leave no room for an answer.
+
+        Says so once.
+        """
         from dsv3.text.chat import latest_turns
 
         context = self.llm.max_model_len
         room = context - min(self.params.max_tokens or context, context // 4)
         encode = self.llm.tokenizer.encode_chat
-        kept = latest_turns(self.messages, lambda m: len(encode(m, **self.variables)) <= room)
-        dropped = len(self.messages) - len(kept)
+        messages = [*self.messages, question]
+        kept = latest_turns(messages, lambda m: len(encode(m, **self.variables)) <= room)
+        dropped = len(messages) - len(kept)
         if dropped > self.dropped:
             self._note(f"the context is full: the model no longer sees the oldest {dropped} messages")
         self.dropped = dropped
@@ -228,24 +243,22 @@ class Session:
     # The session ---------------------------------------------------------------------------------------
 
     def run(self, title: str) -> None:
-        """Read lines until the person leaves."""
+        """Read lines until the person leaves. Ctrl-C ends what is being done, never the conversation."""
         editor = _line_editor()
         self._note(f"{title} · /help lists the commands, Ctrl-D leaves")
         while True:
             try:
                 line = editor.prompt("> ")
-            except KeyboardInterrupt:
-                self._note("Ctrl-D or /exit leaves")
-                continue
-            except EOFError:
-                return
-            try:
                 if line.startswith("/"):
                     if not self.command(line):
                         return
                 elif line.strip():
                     self.reply(line.strip())
                     self._note("")
+            except KeyboardInterrupt:
+                self._note("Ctrl-D or /exit leaves")
+            except EOFError:
+                return
             except UserError as error:
                 self.notes.print(str(error), style="red")
 

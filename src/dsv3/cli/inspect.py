@@ -123,12 +123,15 @@ def _parameters(summary: Summary) -> Table:
 
 def _weights(summary: Summary, pools: list[Pool]) -> Table:
     columns = [f"in {size(pool.free)} of free {pool.name}" for pool in pools]
-    table = _table("Weights, MTP included", "", "memory", "disk", *columns)
+    table = _table("Weights: in memory without MTP, on disk with it", "", "memory", "disk", *columns)
     for weights in summary.weights:
         disk = "" if weights.disk is None else size(weights.disk)
         name = f"{weights.format}{' (estimate)' if weights.disk is None else ''}"
         table.add_row(name, size(weights.memory), disk, *(_fits(summary, weights, pool) for pool in pools))
-    table.caption = "dsv3 runs models in fp32 or bf16, whatever they are stored in."
+    table.caption = (
+        "Memory: what is loaded to generate. Disk: released files, with MTP and its copies. dsv3 runs models in "
+        "fp32 or bf16, whatever they are stored in; half of what is then free is for the cache."
+    )
     return table
 
 

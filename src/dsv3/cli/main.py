@@ -1,8 +1,9 @@
 """The entry point of `dsv3`: which commands there are, and how they end.
 
-Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 terminated. What a person can mend (`UserError`,
-`OSError`, or a flag that is not one) is one line on standard error; anything else is a defect of dsv3 and keeps
-its traceback. Commands import what they need when they run, so that `dsv3 --help` does not wait for torch.
+Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted, 141 nobody reads on (`| head`), 143 terminated.
+What a person can mend (`UserError`, `OSError`, or a flag that is not one) is one line on standard error; anything
+else is a defect of dsv3 and keeps its traceback. Commands import what they need when they run, so that
+`dsv3 --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dsv3.errors import UserError
 
 # Typer has changed whose click it uses; its own BadParameter(UsageError(ClickException)) leads to either.
 _ClickError = cast(type[Exception], typer.BadParameter.__mro__[2])
+
+_UNREAD = 128 + signal.SIGPIPE  # nobody reads what we write; we end as programs do that the signal kills
 
 app = typer.Typer(
     add_completion=False,
@@ -93,10 +96,15 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:  # a stream: what it still holds must not fail again when Python ends
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        if not isinstance(error, BrokenPipeError):
-            place = "" if error.filename is None else f"{error.filename}: "
-            print(f"dsv3: {place}{error.strerror or error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            return _UNREAD
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"dsv3: {place}{error.strerror or error}", file=sys.stderr)
         return 1
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # Typer has made a failure of it
+            return _UNREAD
+        raise
     except _ClickError as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "dsv3"

@@ -394,7 +394,7 @@ def build(
         "fables": list(nano_chats.story_chats(fables, identity, 1, rng)),
         "reading": reading,
         "small talk": nano_chats.small_talk(material) * 6,
-        "identity": list(nano_chats.identity_variants(identity, 80, rng)),
+        "identity": list(nano_chats.identity_variants(identity, 400, rng)),
     }
     chats = [(name, chat) for name in families for chat in families[name]]
     rng.shuffle(chats)

@@ -183,9 +183,14 @@ def reading_chats(tales: Iterable[Fairytale], most: int = 230) -> Iterator[Chat]
 def identity_variants(
     identity: list[tuple[list[str], str]], times: int, rng: random.Random
 ) -> Iterator[Chat]:
-    for ways, said in identity:
-        for _ in range(times):
-            yield dialogue(vary(rng.choice(ways), rng), said)
+    """Every exchange `times` times, one to four of them in a chat, so that each question gets its own answer."""
+    for _ in range(times):
+        exchanges = rng.sample(identity, len(identity))
+        while exchanges:
+            n = rng.randint(1, 4)
+            turns, exchanges = exchanges[:n], exchanges[n:]
+            lines = [line for ways, said in turns for line in (vary(rng.choice(ways), rng), said)]
+            yield dialogue(*lines)
 
 
 def story_chats(

@@ -63,8 +63,3 @@ class LatentCache:
         """Copy the first `length` tokens of a row over another."""
         for layer in self.layers:
             layer[target, :length] = layer[source, :length]
-
-
-def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token takes in the cache of all layers."""
-    return config.num_hidden_layers * config.latent_dim * dtype.itemsize

@@ -54,10 +54,12 @@ class Engine:
         """
         config = model.config
         weight = model.embed_tokens.weight
-        fitting = fitting_tokens(config, weight.dtype, weight.device)
         for name, value in (("max_num_seqs", max_num_seqs), ("max_batched_tokens", max_batched_tokens)):
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name} is {value!r}: it must be a whole number, at least 1")
+        fitting = fitting_tokens(config, weight.dtype, weight.device)
+        if fitting is None:  # nobody can tell: then nothing is too much
+            fitting = max_num_seqs * config.max_position_embeddings
         if max_model_len is None:
             max_model_len = min(config.max_position_embeddings, max(fitting, 2))
         if not is_whole(max_model_len) or not 2 <= max_model_len <= config.max_position_embeddings:

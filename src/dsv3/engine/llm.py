@@ -26,8 +26,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from dsv3.checkpoint.hub import resolve
-from dsv3.checkpoint.pretrained import DeepseekV3
+from dsv3.checkpoint.pretrained import DeepseekV3, locate
 from dsv3.config import read_json
 from dsv3.engine.engine import Engine
 from dsv3.engine.machine import choose_device, choose_dtype
@@ -89,15 +88,17 @@ class LLM:
         """model: "nano", a checkpoint folder, a hub id, or a Transformer already in place with its tokenizer.
 
         dtype "auto" is bfloat16 where the hardware multiplies it, else float32; device "auto" is the GPU if
-        there is one. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit.
+        there is one. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit; from
+        the hub it is not even downloaded.
         """
         self.default_params = SamplingParams()
         if not isinstance(model, Transformer):
-            folder = resolve(model)
             place = choose_device(device)
+            number = choose_dtype(dtype, place)
+            folder = locate(model, number, place)
             tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
             self.default_params = read_generation_config(folder)
-            model = DeepseekV3.from_pretrained(folder, choose_dtype(dtype, place), place, progress, mtp=False)
+            model = DeepseekV3.from_pretrained(folder, number, place, progress, mtp=False)
         elif tokenizer is None:
             raise UserError("tokenizer is None: a model that is not a checkpoint folder needs one given")
         self.model = model

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dsv3.checkpoint.pretrained import free_memory
+from dsv3.checkpoint.memory import cache_tokens, free_memory
+from dsv3.checkpoint.reader import float_dtype
 from dsv3.config import ModelConfig
-from dsv3.engine.cache import token_bytes
 from dsv3.errors import UserError
-
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-}
-
-CACHE_SHARE = 0.5
-"""The part of the free memory that the cache may take; the rest is for activations and everybody else."""
 
 
 def choose_device(name: str | torch.device) -> torch.device:
@@ -41,9 +31,9 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the hardware multiplies it, which halves memory and time, else float32."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" or cpu_has_bf16() else torch.float32
-    dtype = DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None:
-        raise UserError(f"dtype is {name!r}: it must be auto, {' or '.join(DTYPES)}")
+    dtype = float_dtype(name)
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(f"dtype is {name!r}: it must be auto, bfloat16 (bf16) or float32 (fp32)")
     return dtype
 
 
@@ -57,6 +47,10 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def fitting_tokens(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """How many tokens of cache fit in the memory that is free now, the model being loaded already."""
-    return int((free_memory(device) or 0) * CACHE_SHARE) // token_bytes(config, dtype)
+def fitting_tokens(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int | None:
+    """How many tokens of cache fit in the memory that is free now, the model being loaded already.
+
+    None where the device does not tell.
+    """
+    free = free_memory(device)
+    return None if free is None else cache_tokens(config, dtype, free)

@@ -282,14 +282,17 @@ def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if not any(p.filters for p in params):
         return probs
     vocab = logits.shape[-1]
-    top_k = column([p.top_k if p.top_k > 0 else vocab for p in params]).long().clamp_(max=vocab)
+    top_k = column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]).long()
     top_p = column([p.top_p if p.top_p < 1 else 2.0 for p in params])  # 2: sums round, and all must stay
     min_p = column([p.min_p for p in params])
 
     ranked = probs.topk(min(PREFIX, vocab), dim=-1).values
-    # What comes after is less likely still: it matters only to a row that no rule cuts off before.
-    rest_is_out = (top_k <= PREFIX) | (ranked.sum(-1, keepdim=True) >= top_p)
+    # What comes after is less likely still: it matters only to a row that no rule cuts off before, or where
+    # top_p is a share of what a top_k beyond it leaves.
+    rest_is_out = ranked.sum(-1, keepdim=True) >= top_p
     rest_is_out |= ranked[:, -1:] < min_p * ranked[:, :1]
+    rest_is_out &= (top_k == vocab) | (top_p > 1)
+    rest_is_out |= top_k <= PREFIX
     if not bool(rest_is_out.all()):
         ranked = in_order(probs)
     in_top_k = ranked >= ranked.gather(1, (top_k - 1).clamp_(max=ranked.shape[1] - 1))

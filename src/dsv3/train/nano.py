@@ -1,7 +1,7 @@
 """Train the bundled model, `nano`, on a laptop's CPU.
 
     python -m dsv3.data.nano MATERIAL DATA             # text to tokens
-    python -m dsv3.train.nano pretrain DATA RUN        # two to three hours on two cores
+    python -m dsv3.train.nano pretrain DATA RUN        # about three hours on two cores
     python -m dsv3.train.nano sft DATA RUN             # tune it to chat, half an hour
     python -m dsv3.train.nano evaluate DATA RUN        # bits per byte on held-out text
     python -m dsv3.train.nano export DATA RUN FOLDER   # an FP8 checkpoint as DeepSeek ships them
@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.checkpoint import DeepseekV3
+from dsv3.checkpoint.writer import Format
 from dsv3.config import PRESETS
 from dsv3.data.nano_sources import SPECIALS
 from dsv3.errors import UserError
@@ -171,7 +172,7 @@ def _check_vocabulary(path: Path, tokens: Any, model: Transformer) -> None:
 
 
 STAGES = {
-    "pretrain": Stage(tokens=36_000_000),
+    "pretrain": Stage(tokens=45_000_000),
     "sft": Stage(
         tokens=7_000_000,
         peak_lr=5e-4,
@@ -358,11 +359,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsv3.train.nano", description="Train the bundled model.")
     parser.add_argument("command", choices=["pretrain", "sft", "evaluate", "export"])
     parser.add_argument("data", type=Path, help="what `python -m dsv3.data.nano` wrote")
-    parser.add_argument("run", type=Path, help="folder of the run; given again, it goes on")
+    parser.add_argument(
+        "run", type=Path, help="folder of the run; given again, it goes on (evaluate: or of a checkpoint)"
+    )
     parser.add_argument("out", type=Path, nargs="?", help="export: the folder to write")
     parser.add_argument(
         "--stage", choices=list(STAGES), default="sft", help="evaluate, export: which weights"
     )
+    parser.add_argument("--format", choices=get_args(Format), default="fp8", help="export: of the weights")
     parser.add_argument("--tokens", type=float, help="train on this many instead of the recipe's")
     parser.add_argument("--init", type=Path, help="start from the weights of this checkpoint folder")
     parser.add_argument("--skip", type=float, default=0, help="pretrain: tokens of the stream to leave out")
@@ -382,20 +386,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(args: argparse.Namespace) -> None:
-    if args.command in ("evaluate", "export"):
-        if args.command == "export" and args.out is None:
+    if args.command == "evaluate":
+        _evaluate(args)
+    elif args.command == "export":
+        if args.out is None:
             raise UserError("export needs the folder to write as its last argument")
-        run = Run(args.run, args.stage, args.preset)
-        if not run.checkpoint.exists():
-            raise UserError(f"{run.checkpoint} does not exist: train the stage {args.stage!r} first")
-        run.load(run.checkpoint)
-        if args.command == "export":
-            _export(run, args.data, args.out)
-        else:
-            found = {kind: round(bits, 4) for kind, bits in bits_per_byte(run.model, args.data).items()}
-            print(json.dumps(found, indent=2))
-        return
+        _export(_trained(args), args.data, args.out, args.format)
+    else:
+        _train(args)
 
+
+def _trained(args: argparse.Namespace) -> Run:
+    run = Run(args.run, args.stage, args.preset)
+    if not run.checkpoint.exists():
+        raise UserError(f"{run.checkpoint} does not exist: train the stage {args.stage!r} first")
+    run.load(run.checkpoint)
+    return run
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    is_checkpoint = (args.run / "config.json").exists()
+    model = DeepseekV3.from_pretrained(args.run, torch.float32) if is_checkpoint else _trained(args).model
+    found = {kind: round(bits, 4) for kind, bits in bits_per_byte(model, args.data).items()}
+    print(json.dumps(found, indent=2))
+
+
+def _train(args: argparse.Namespace) -> None:
     stage = STAGES[args.command]
     if args.tokens is not None:
         stage = replace(stage, tokens=_whole("--tokens", args.tokens, 1))
@@ -424,13 +440,13 @@ def _whole(option: str, value: float, least: int) -> int:
     return int(value)
 
 
-def _export(run: Run, data: Path, out: Path) -> None:
-    """Write the checkpoint that ships: FP8 blocks, tokenizer, and how to sample from it."""
+def _export(run: Run, data: Path, out: Path, format: Format) -> None:
+    """Write a checkpoint as it ships: weights (in FP8 blocks), tokenizer, and how to sample from it."""
     if not (data / "tokenizer.json").exists():
         raise UserError(f"{data / 'tokenizer.json'} does not exist: {_REMAKE}")
     shipped = DeepseekV3(run.model.config)
     shipped.load_state_dict(run.weights())
-    shipped.save_pretrained(out, format="fp8")
+    shipped.save_pretrained(out, format)
     shutil.copyfile(data / "tokenizer.json", out / "tokenizer.json")
     special = {
         "bos_token": "<｜begin▁of▁sentence｜>",
