@@ -140,6 +140,11 @@ def test_one_token(name: str) -> None:
     torch.testing.assert_close(moe._one_token(*inputs).double(), naive(*inputs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_few_tokens(name: str) -> None:
+    torch.testing.assert_close(moe._few_tokens(*CASES[name]).double(), naive(*CASES[name]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped(dtype: torch.dtype) -> None:
     """What a GPU runs; torch has a CPU version of it for widths of whole 16 bytes."""
@@ -167,15 +172,16 @@ def test_loop_in_bfloat16() -> None:
 
 def test_the_way_is_chosen_by_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for name in ("_loop", "_one_token", "_grouped"):
+    for name in ("_loop", "_one_token", "_few_tokens", "_grouped"):
         way = getattr(moe, name)
         monkeypatch.setattr(moe, name, lambda *a, name=name, way=way: (taken.append(name), way(*a))[1])
-    one, many = CASES["one token"], CASES["plain"]
+    one, few, many = CASES["one token"], CASES["plain"], CASES["rows that need padding"]
     with torch.no_grad():
         a = routed_experts(*one)
+        routed_experts(*few)
         routed_experts(*many)
     b = routed_experts(*one)
-    assert taken == ["_one_token", "_loop", "_loop"]
+    assert taken == ["_one_token", "_few_tokens", "_loop", "_loop"]
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
