@@ -177,3 +177,8 @@ def test_a_hub_model_is_looked_at_without_its_weights(
     assert summary.main == Summary(TINY).main and summary.files is None
     assert (asked["repo"], asked["revision"]) == ("some/model", "main")
     assert "*.safetensors" in asked["ignore_patterns"]
+
+
+def test_a_name_that_is_nothing_is_told_the_presets() -> None:
+    with pytest.raises(CheckpointError, match=r"v3 does not exist: .*preset: v3-671b, v3-16b, nano, tiny"):
+        summarize("v3")

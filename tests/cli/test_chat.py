@@ -20,6 +20,7 @@ from dsv3 import LLM, SamplingParams
 from dsv3.cli.chat import Answer, Session, load_messages, save_messages
 from dsv3.cli.main import main
 from dsv3.engine.llm import RequestOutput
+from dsv3.engine.machine import suggested_threads
 from dsv3.errors import UserError
 from tests.cli.terminal import Terminal
 
@@ -56,6 +57,24 @@ def test_a_prompt_on_stdin_prints_the_reply_and_nothing_else(
     params = SamplingParams(max_tokens=12, temperature=0.0)  # generation_config.json says greedy
     reply = llm.chat([{"role": "user", "content": "Tell me about a fox."}], params)[0].text
     assert (out, err) == (reply.removesuffix("\n") + "\n", "")
+
+
+@pytest.mark.parametrize(("flags", "threads"), [([], 1), (["--threads", "2"], 2)])
+def test_a_small_model_runs_on_one_thread_unless_told_otherwise(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], threads: int
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    assert main(["chat", str(checkpoint), "-p", "fox", *QUICK, *flags]) == 0
+    assert chosen == [threads]
+
+
+def test_a_large_model_gets_every_thread(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    assert suggested_threads(llm.model) == 1
+    monkeypatch.setattr("dsv3.engine.machine.SMALL", 1000)
+    assert suggested_threads(llm.model) == 7
 
 
 def test_flags_override_the_checkpoints_own(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,6 +404,7 @@ import sys, time
 from dsv3.cli.main import main
 from dsv3 import LLM
 from dsv3.engine.llm import RequestOutput
+from dsv3.engine.machine import suggested_threads
 
 answer = LLM.stream_chat
 

@@ -27,6 +27,7 @@ from dsv3.checkpoint.names import HEAD, Piece, table
 from dsv3.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
 from dsv3.checkpoint.writer import DTYPES, Format, plan
 from dsv3.config import PRESETS, ModelConfig
+from dsv3.errors import CheckpointError
 
 # The first pattern that a name matches says what part it is.
 _PARTS = {
@@ -206,7 +207,10 @@ def summarize(model: str) -> Summary:
     shipped = model == NANO and resolve(NANO).is_dir()
     if model in PRESETS and not shipped and not path.exists():
         return Summary(PRESETS[model])
-    folder = resolve(model, weights=False)
+    try:
+        folder = resolve(model, weights=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (or a preset: {', '.join(PRESETS)})") from None
     is_here = shipped or path.exists()
     has_weights = (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
     if (folder / CONFIG).is_file() and not (is_here and has_weights):

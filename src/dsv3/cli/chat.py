@@ -86,6 +86,9 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes the answers repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: one for a small model, else all cores.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With a prompt: the reply as JSON.")] = False,
 ) -> None:
     """Chat with a model; without a terminal, answer what is on standard input."""
@@ -112,10 +115,14 @@ def chat(
     given = {name: value for name, value in wanted.items() if value is not None}
     _check_flags(given)
 
+    import torch
+
     from dsv3.engine.llm import LLM
+    from dsv3.engine.machine import suggested_threads
 
     seed = secrets.randbits(32) if seed is None else seed
     llm = LLM(model, dtype=dtype, device=device, seed=seed, progress=sys.stderr.isatty())
+    torch.set_num_threads(threads or suggested_threads(llm.model))
     if thinking is not None and "thinking" not in (llm.tokenizer.chat_template or ""):
         raise UserError(
             f"--thinking changes nothing: the chat template of {model} does not know it, leave it out"

@@ -462,9 +462,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("material", type=Path, help="folder with the raw text")
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--vocab-size", type=int, default=6144)
-    parser.add_argument("--pretrain-tokens", type=int, default=45_000_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab-size", type=int, default=6144, help="of the tokenizer; default: 6144")
+    parser.add_argument("--pretrain-tokens", type=int, default=45_000_000, help="default: 45 million")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of documents and the chats made")
     args = parser.parse_args(argv)
     try:
         manifest = build(args.material, args.out, args.vocab_size, args.pretrain_tokens, args.seed)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from dsv3.checkpoint.memory import cache_tokens, free_memory
 from dsv3.checkpoint.reader import float_dtype
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
+
+SMALL = 64_000_000
+"""Bytes of weights up to which one thread is enough: they stay in cache. nano has 27 million."""
 
 
 def choose_device(name: str | torch.device) -> torch.device:
@@ -35,6 +39,16 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"dtype is {name!r}: it must be auto, bfloat16 (bf16) or float32 (fp32)")
     return dtype
+
+
+def suggested_threads(model: nn.Module) -> int:
+    """How many threads should decode with a model on the CPU: one for a small model, else torch's own number.
+
+    A step of a small model is over before a second thread has woken, and where another program keeps a core busy,
+    two threads that wait for each other are up to a hundred times slower than one.
+    """
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return 1 if size <= SMALL else torch.get_num_threads()
 
 
 def cpu_has_bf16() -> bool:
