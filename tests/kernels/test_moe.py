@@ -168,6 +168,7 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 
 def test_loop_in_bfloat16() -> None:
     check(moe._loop, case(9, 6, 3, 16, 8, torch.bfloat16), 0.02)
+    check(moe._loop, case(131, 3, 2, 8, 4, torch.bfloat16), 0.02)  # rows are padded
 
 
 def test_the_way_is_chosen_by_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

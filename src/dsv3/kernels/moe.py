@@ -9,9 +9,9 @@ Four ways to the same numbers, chosen by what is given:
 - a few tokens without gradient (decoding several sequences): the choices are sorted in Python, which is quicker
   than a dozen operations on small tensors;
 - `grouped_mm`, one launch for all experts without reading the counts back to the host (CUDA in bf16);
-- a loop over the experts that were chosen (everything else). It pads an expert's rows by an eighth at most:
-  on a CPU oneDNN generates code for each new shape, which takes longer than multiplying a few hundred rows, and
-  rounding makes shapes recur.
+- a loop over the experts that were chosen (everything else). In bf16 it pads an expert's rows, by an
+  eighth at most: on a CPU oneDNN generates code for each new shape, which takes longer than multiplying a few
+  hundred rows, and rounding makes shapes recur.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _few_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
 
 def _loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     order, counts = _by_expert(indices, gate_up.shape[0])
-    sizes = [_padded(count) for count in counts.tolist()]
+    sizes: list[int] = counts.tolist()
+    if x.dtype == torch.bfloat16:  # float32 goes through MKL, which takes any shape as it comes
+        sizes = [_padded(count) for count in sizes]
     # Where the j-th choice (in expert order) stands in the padded rows, and which token each row holds.
     gaps = torch.tensor(sizes, device=x.device) - counts
     shift = (gaps.cumsum(0) - gaps).repeat_interleave(counts)
