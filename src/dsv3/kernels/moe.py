@@ -59,7 +59,8 @@ def _few_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
     choices: list[int] = indices.flatten().tolist()
     order = sorted(range(len(choices)), key=choices.__getitem__)
     back = sorted(range(len(order)), key=order.__getitem__)
-    experts, sizes = zip(*((e, len(list(run))) for e, run in groupby(sorted(choices))), strict=True)
+    runs = groupby(choices[i] for i in order)
+    experts, sizes = zip(*((e, len(list(run))) for e, run in runs), strict=True)
     token, place = torch.tensor([[i // indices.shape[1] for i in order], back], device=x.device)
 
     rows = x.index_select(0, token).split(sizes)
