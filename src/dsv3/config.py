@@ -496,6 +496,11 @@ def read_json(path: str | Path, error: type[UserError]) -> dict[str, Any]:
     return values
 
 
+def read_optional_json(path: str | Path, error: type[UserError]) -> dict[str, Any]:
+    """The same of a file that need not be there: empty if it is not."""
+    return read_json(path, error) if Path(path).exists() else {}
+
+
 # Presets -----------------------------------------------------------------------------------------------
 
 _V3_YARN = YarnConfig(

@@ -27,7 +27,7 @@ from typing import Any, TypeGuard
 import torch
 
 from dsv3.checkpoint.pretrained import DeepseekV3, locate
-from dsv3.config import read_json
+from dsv3.config import read_optional_json
 from dsv3.engine.engine import Engine
 from dsv3.engine.machine import choose_device, choose_dtype
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
@@ -249,7 +249,7 @@ def read_generation_config(folder: Path) -> SamplingParams:
     Like vLLM, we take the numbers and leave `do_sample` aside. Raises CheckpointError if the file is broken.
     """
     path = folder / "generation_config.json"
-    values = read_json(path, CheckpointError) if path.exists() else {}
+    values = read_optional_json(path, CheckpointError)
     found = {name: values.get(key) for name, key in _GENERATION_KEYS.items()}
     try:
         return SamplingParams(**{name: value for name, value in found.items() if value is not None})

@@ -23,7 +23,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders
 
-from dsv3.config import read_json
+from dsv3.config import read_optional_json
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text.chat import DEEPSEEK_TEMPLATE, Message, check_messages, render, shield
 from dsv3.text.stream import StreamDecoder
@@ -72,8 +72,10 @@ class Tokenizer:
 
     @classmethod
     def _read(cls, folder: Path) -> Self:
-        config = _optional(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(config, _optional(folder / "special_tokens_map.json"))
+        config = read_optional_json(folder / "tokenizer_config.json", CheckpointError)
+        special_tokens = _special_tokens(
+            config, read_optional_json(folder / "special_tokens_map.json", CheckpointError)
+        )
         if (path := folder / "tokenizer.json").exists():
             content = path.read_bytes()
             try:
@@ -86,7 +88,10 @@ class Tokenizer:
             raise CheckpointError(f"{folder} has neither tokenizer.json nor tiktoken.model: copy one there")
 
         # Older folders name the ids in the model's config alone.
-        models = [_optional(folder / name) for name in ("generation_config.json", "config.json")]
+        models = [
+            read_optional_json(folder / name, CheckpointError)
+            for name in ("generation_config.json", "config.json")
+        ]
         ids = {name: [i for model in models for i in _ids(model.get(f"{name}_id"))] for name in _NAMED}
         for name in ("bos_token", "eos_token", "pad_token"):
             if name not in config and name not in special_tokens and ids[name]:
@@ -232,10 +237,6 @@ class Tokenizer:
 def _is_markup(token: tokenizers.AddedToken) -> bool:
     """Whether an added token is flagged special, or in brackets as `<think>` is."""
     return token.special or re.fullmatch(r"<.+>|\[.+\]|◁.+▷", token.content) is not None
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path, CheckpointError) if path.exists() else {}
 
 
 def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
