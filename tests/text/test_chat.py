@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from dsv3.checkpoint.hub import resolve
-from dsv3.data import nano
+from dsv3.data import chats
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text import Message, Tokenizer
 from dsv3.text.chat import latest_turns
@@ -148,14 +148,14 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="<｜>"), max_si
 def test_nano_is_tuned_on_the_format_it_is_asked_in(
     system: str | None, turns: list[tuple[str, str]], question: str | None
 ) -> None:
-    """The template and `data.nano.encode_chat`, which writes the same format as tokens, give equal ids."""
+    """The template and `data.chats.ChatEncoder`, which writes the same format as tokens, give equal ids."""
     chat = [] if system is None else [("system", system)]
     for asked, answered in turns:
         chat += [("user", asked), ("assistant", answered)]
     chat += [] if question is None else [("user", question)]
     if not chat:
         return
-    trained, _ = nano.encode_chat(shipped().backend, [nano.Message(*turn) for turn in chat])
+    trained, _ = chats.ChatEncoder(shipped()).encode(chats.Message(*turn) for turn in chat)
     messages: list[Message] = [{"role": role, "content": content} for role, content in chat]
     assert shipped().encode_chat(messages, add_generation_prompt=False) == trained
     prompt = [*trained, shipped().backend.token_to_id(ASSISTANT)]

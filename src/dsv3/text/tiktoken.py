@@ -53,8 +53,9 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(rest)}
 
 
-_ALPHABET = _byte_alphabet()
-BYTES_OF = {c: byte for byte, c in _ALPHABET.items()}
+BYTE_ALPHABET = _byte_alphabet()
+"""The character that each byte is in a byte-level token."""
+BYTES_OF = {c: byte for byte, c in BYTE_ALPHABET.items()}
 """The byte that each character of a byte-level token stands for."""
 
 
@@ -110,7 +111,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _vocab_and_merges(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    text = {token: "".join(map(_ALPHABET.__getitem__, token)) for token in ranks}
+    text = {token: "".join(map(BYTE_ALPHABET.__getitem__, token)) for token in ranks}
     merges = [
         (text[token[:cut]], text[token[cut:]])
         for token in ranks

@@ -27,8 +27,9 @@ from dsv3.config import read_optional_json
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text.chat import DEEPSEEK_TEMPLATE, Message, check_messages, render, shield
 from dsv3.text.stream import StreamDecoder
-from dsv3.text.tiktoken import BYTES_OF, load_tiktoken
+from dsv3.text.tiktoken import BYTE_ALPHABET, BYTES_OF, load_tiktoken
 
+_STRAY = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as `surrogateescape` writes them
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -71,17 +72,21 @@ class Tokenizer:
             raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
 
     @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a tokenizer.json by itself: its text, without roles for its special tokens or a chat format."""
+        try:
+            return cls(_backend(Path(path)))
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    @classmethod
     def _read(cls, folder: Path) -> Self:
         config = read_optional_json(folder / "tokenizer_config.json", CheckpointError)
         special_tokens = _special_tokens(
             config, read_optional_json(folder / "special_tokens_map.json", CheckpointError)
         )
         if (path := folder / "tokenizer.json").exists():
-            content = path.read_bytes()
-            try:
-                backend = tokenizers.Tokenizer.from_buffer(content)
-            except Exception as error:  # the library raises nothing narrower
-                raise CheckpointError(f"{path} is broken ({error}): download it again") from None
+            backend = _backend(path)
         elif (path := folder / "tiktoken.model").exists():
             backend = load_tiktoken(path, config.get("added_tokens_decoder") or {})
         else:
@@ -151,9 +156,27 @@ class Tokenizer:
         """The text of ids; bytes that are no character give U+FFFD, ids that are no token give nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of any bytes, UTF-8 or not; nothing in them is a special token.
+
+        What is no UTF-8 becomes one token per byte. `decode_bytes` gives the bytes back.
+        """
+        ids: list[int] = []
+        # Split by a group, pieces alternate: text, stray bytes, text, ...
+        for i, piece in enumerate(_STRAY.split(data.decode("utf-8", "surrogateescape"))):
+            if i % 2:
+                ids += [self._byte_ids[byte] for byte in piece.encode("utf-8", "surrogateescape")]
+            else:
+                ids += self.encode(piece, allow_special=False)
+        return ids
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ids, special tokens by their names; ids that are no token give nothing."""
+        return b"".join(map(self.token_bytes, ids))
+
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder that takes ids one at a time and gives whole characters."""
-        skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
         return StreamDecoder(lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id))
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -167,7 +190,16 @@ class Tokenizer:
             return token.encode()
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def _byte_ids(self) -> list[int]:
+        """The id of the token that is byte 0, byte 1, ..."""
+        ids = [self.backend.token_to_id(BYTE_ALPHABET[byte]) for byte in range(256)]
+        if None in ids:
+            raise CheckpointError(f"the vocabulary has no token for the byte {ids.index(None):#04x}")
+        return [i for i in ids if i is not None]
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Added tokens that decoding leaves out."""
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
@@ -232,6 +264,14 @@ class Tokenizer:
             (t.content for t in added if t.content and _is_markup(t)), key=len, reverse=True
         )
         return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    content = path.read_bytes()
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is broken ({error}): download it again") from None
 
 
 def _is_markup(token: tokenizers.AddedToken) -> bool:
