@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 
-from dsv3.data.nano_sources import Chat, Document, Fairytale, dialogue, read_chatterbot, words_of
+from dsv3.data.chats import Chat, dialogue
+from dsv3.data.readers.books import words_of
+from dsv3.data.readers.material import Fairytale
 
 # Books of tales that stand alone; chapters of a long story do not make answers.
 TALE_BOOKS = re.compile(r"fairy|grimm|andersen|just so|mother west wind|burgess|arabian nights|jungle", re.I)
@@ -45,6 +46,11 @@ CLOSING = re.compile(
 # Ways to ask for a story, by what they name; system prompts; and NOUNS, what stories may be about.
 REQUESTS: dict[str, list[str]] = json.loads((files("dsv3.data") / "nano_requests.json").read_text("utf-8"))
 SYSTEMS, NOUNS = REQUESTS["systems"], REQUESTS["nouns"]
+PRONOUNS = {
+    "he": ("he", "him", "his", "himself"),
+    "she": ("she", "her", "her", "herself"),
+    "it": ("it", "it", "its", "itself"),
+}
 SMALL_TALK = ("greetings", "conversations", "emotion", "food")
 UNFIT_TALK = re.compile(  # boasts, jargon, nonsense, and what a program should not say of itself
     r"awesome|eliza|firewall|exception|segmentation|syntactic|source code|corrupt|variable|documentation|"
@@ -64,6 +70,7 @@ class Story:
     title: str
     text: str
     nouns: tuple[str, ...]
+    topics: tuple[str, ...] = ()  # further things it may be asked for by: "snow", "being brave"
 
 
 def read_data(name: str) -> list[str]:
@@ -77,16 +84,19 @@ def nouns_of(text: str) -> tuple[str, ...]:
     return tuple(sorted((n for n in NOUNS if named[n] >= 2), key=lambda n: (-named[n], n))[:3])
 
 
-def short_stories(document: Document, least: int = 60, most: int = 300) -> Iterator[Story]:
-    """Runs of whole paragraphs, `least` to `most` words long, that open like a story and close well."""
-    paragraphs = document.paragraphs
+def short_stories(text: str, opens: bool = False, least: int = 60, most: int = 300) -> Iterator[Story]:
+    """Runs of whole paragraphs, `least` to `most` words long, that open like a story and close well.
+
+    opens: the text is the first of a tale or chapter, and may begin with its title.
+    """
+    paragraphs = text.split("\n\n")
     title = ""
-    if document.opens and paragraphs and len(paragraphs[0]) < 80 and paragraphs[0][-1] not in ".!?\"'":
+    if opens and paragraphs and len(paragraphs[0]) < 80 and paragraphs[0][-1] not in ".!?\"'":
         # "The Golden Crab(5)": footnotes and sources stand beside titles.
         title, paragraphs = re.sub(r" ?[(\[].*", "", paragraphs[0]), paragraphs[1:]
     i = 0
     while i < len(paragraphs):
-        starts = i == 0 and document.opens and len(paragraphs[0]) > 100
+        starts = i == 0 and opens and len(paragraphs[0]) > 100
         if not (starts or OPENING.match(paragraphs[i])):
             i += 1
             continue
@@ -110,24 +120,35 @@ def short_stories(document: Document, least: int = 60, most: int = 300) -> Itera
 def written_fables(versions: int, rng: random.Random) -> Iterator[Story]:
     """Our own fables: `versions` tellings for each cast, the ways to say things chosen anew each time."""
     for fable in map(json.loads, read_data("nano_fables.jsonl")):
-        for cast in fable["cast"]:
+        for members in fable["cast"]:
             for _ in range(versions):
+                cast = tuple(rng.choice(member.split("|")) for member in members)  # "Anna|Lily": either
                 title, text = (tell(fable[part], cast, rng) for part in ("title", "text"))
-                yield Story(title, text, tuple(cast))
+                yield Story(title, text, cast, tuple(fable.get("about", ())))
 
 
 def tell(text: str, cast: Sequence[str], rng: random.Random) -> str:
-    """Chooses among [one way|another way], then puts in the cast: {a}, {b}, with an article {an_a}."""
+    """Chooses among [one way|another way], then puts in the cast.
+
+    {a}, {b}, {c}; with an article {an_a}; {he_a}, {him_a}, {his_a}, {himself_a} as each one is spoken of.
+    {A}, {An_a}, {He_a} and so on begin a sentence.
+    """
     text = re.sub(r"\[([^\]]*)\]", lambda m: rng.choice(m[1].split("|")), text)
-    names = dict(zip("ab", cast, strict=False))
-    with_article = {f"an_{key}": a(noun) for key, noun in names.items()}
-    return text.format(
-        **names, **with_article, **{k.capitalize(): v.capitalize() for k, v in with_article.items()}
-    )
+    words: dict[str, str] = {}
+    for key, noun in zip("abc", cast, strict=False):
+        kind = "she" if noun in REQUESTS["she"] else "it" if noun in REQUESTS["it"] else "he"
+        words |= {key: noun, f"an_{key}": a(noun)}
+        words |= {f"{he}_{key}": word for he, word in zip(PRONOUNS["he"], PRONOUNS[kind], strict=True)}
+    return text.format(**words, **{k.capitalize(): v[:1].upper() + v[1:] for k, v in words.items()})
 
 
 def a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    """a fox, an owl, the moon, snow, Anna"""
+    if noun in REQUESTS["only"]:
+        return f"the {noun}"
+    if noun[0].isupper() or noun in REQUESTS["bare"]:
+        return noun
+    return f"{'an' if noun[0] in 'aeiou' and not noun.startswith('uni') else 'a'} {noun}"
 
 
 def request_for(story: Story, rng: random.Random) -> str:
@@ -137,11 +158,18 @@ def request_for(story: Story, rng: random.Random) -> str:
         return rng.choice(REQUESTS["plain"])
     if story.title and dice < 0.16:
         return rng.choice(REQUESTS["titled"]).format(t=story.title)
+    if story.topics and rng.random() < 0.3:
+        return rng.choice(REQUESTS["about_topic"]).format(a=rng.choice(story.topics))
     first = story.nouns[0] if dice < 0.75 else rng.choice(story.nouns)
     others = [n for n in story.nouns if n != first]
     if others and dice > 0.9:
+        named = [n for n in others if n[0].isupper()]
+        if named or first[0].isupper():  # a girl called Anna
+            one, name = (first, named[0]) if named else (others[0], first)
+            return rng.choice(REQUESTS["about_named"]).format(a=a(one), b=name)
         return rng.choice(REQUESTS["about_two"]).format(a=a(first), b=a(others[0]))
-    return rng.choice(REQUESTS["about"]).format(a=a(first), n=first)
+    asked = rng.choice(REQUESTS["about_topic" if first[0].isupper() else "about"])
+    return asked.format(a=a(first), n=first)
 
 
 def vary(text: str, rng: random.Random) -> str:
@@ -156,19 +184,35 @@ def identity_chats() -> list[tuple[list[str], str]]:
     return [(r["user"], r["assistant"]) for r in map(json.loads, read_data("nano_identity.jsonl"))]
 
 
-def small_talk(material: Path) -> list[Chat]:
-    """Fit conversations of the chatterbot corpus; in `emotion` and `food` further lines are other answers."""
-    chats: list[Chat] = []
-    for language in ("english", "chinese"):
-        for topic in SMALL_TALK:
-            for talk in read_chatterbot(material, language, [topic]):
-                pairs = [[talk[0], line] for line in talk[1:]] if topic in ("emotion", "food") else [talk[:6]]
-                chats += [
-                    dialogue(*p[: len(p) // 2 * 2])
-                    for p in pairs
-                    if len(p) > 1 and all(p) and not UNFIT_TALK.search(" ".join(p))
-                ]
-    return chats
+def sum_chats() -> list[tuple[list[str], str]]:
+    """Sums of the numbers up to ten, as `identity_chats` has its questions."""
+    signs = {"+": ("plus", "and", int.__add__), "-": ("minus", "take away", int.__sub__)}
+    return [
+        (
+            [
+                f"What is {x} {sign} {y}?",
+                f"What is {x} {word} {y}?",
+                f"How much is {x} {other} {y}?",
+                f"{x}{sign}{y}",
+                f"{x} {sign} {y} = ?",
+            ],
+            f"{x} {word} {y} is {count(x, y)}.",
+        )
+        for sign, (word, other, count) in signs.items()
+        for x in range(1, 11)
+        for y in range(1, 11)
+        if count(x, y) >= 0
+    ]
+
+
+def small_talk(topic: str, talks: Iterable[Sequence[str]]) -> Iterator[Chat | None]:
+    """Chats of conversations in chatterbot-corpus; None for each that is not fit. In `emotion` and `food` further
+    lines are other answers."""
+    for talk in talks:
+        pairs = [[talk[0], line] for line in talk[1:]] if topic in ("emotion", "food") else [talk[:6]]
+        for lines in pairs:
+            fit = len(lines) > 1 and all(lines) and not UNFIT_TALK.search(" ".join(lines))
+            yield dialogue(*lines[: len(lines) // 2 * 2]) if fit else None
 
 
 def reading_chats(tales: Iterable[Fairytale], most: int = 230) -> Iterator[Chat]:
@@ -207,6 +251,9 @@ def story_chats(
             if rng.random() < 0.12:
                 ways, said = rng.choice(greetings)
                 chat = dialogue(vary(rng.choice(ways), rng), said) + chat
+            other = rng.choice(stories)
+            if rng.random() < 0.06 and len(f"{story.text} {other.text}".split()) < 300:
+                chat += dialogue(vary(rng.choice(REQUESTS["another"]), rng), other.text)
             if rng.random() < 0.15:
                 ways, said = rng.choice(thanks)
                 chat += dialogue(vary(rng.choice(ways), rng), said)
