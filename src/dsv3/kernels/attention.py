@@ -13,9 +13,13 @@ Latent attention (MLA) can be computed in two ways that give the same numbers:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dsv3.kernels.native import View, call, pointer, trains
 
 _FEW = 128  # tokens for which it is cheaper to multiply by a whole matrix than to copy half of it
 
@@ -34,6 +38,101 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :narrow]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+    """Turn the pairs of x [..., rotary] by angles whose cos and sin broadcast to [..., rotary / 2].
+
+    Pairs are neighbours (2i, 2i + 1) as DeepSeek lays them out, or (i, i + rotary / 2) if not `interleave`. The
+    result holds all first members, then all second ones: queries and keys are permuted alike, so scores do not
+    change.
+    """
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleave else x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rotary_attention(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    angles: tuple[Tensor, Tensor],
+    scale: float,
+    interleave: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Latent attention over whole sequences in the plain form, from its turn to its weighted sum of values.
+
+    q: [batch, seq, heads, nope + rotary], not yet turned; kv: [batch, seq, heads, nope + v_dim], a head's key without
+    position and its value; k_rope: [batch, seq, rotary], the key all heads share, not yet turned; angles: cos and
+    sin, [seq, rotary / 2] or with a batch before; mask: as in `causal_attention`. Returns [batch, seq, heads, v_dim].
+    """
+    rotary = k_rope.shape[-1]
+    nope = q.shape[-1] - rotary
+    fits = rotary % 32 == 0 and rotary <= 256 and nope % 16 == 0
+    # torch's kernel is good where it has AMX; without, it is three times slower than ours.
+    if mask is None and fits and trains(q, kv, k_rope) and not torch.cpu._is_amx_tile_supported():
+        result: Tensor = _RotaryAttention.apply(  # type: ignore[no-untyped-call]
+            q, kv, k_rope, *angles, scale, interleave
+        )
+        return result
+    cos, sin = angles
+    q_nope, q_rope = q.split((nope, rotary), dim=-1)
+    k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
+    k_rope = rotate(k_rope, cos, sin, interleave)
+    q = torch.cat((q_nope, rotate(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2), interleave)), dim=-1)
+    k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
+    return causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, mask).transpose(
+        1, 2
+    )
+
+
+class _RotaryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        k_rope: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        interleave: bool,
+    ) -> Tensor:
+        q, kv, cos, sin = (t.contiguous() for t in (q, kv, cos, sin))
+        shared = k_rope.flatten(0, 1)
+        shared = shared if shared.stride(1) == 1 else shared.contiguous()
+        batch, seq, heads, dim = q.shape
+        rotary = k_rope.shape[-1]
+        nope = dim - rotary
+        v = kv[..., nope:]
+        turned, k, out = torch.empty_like(q), torch.empty_like(q), q.new_empty(v.shape)
+        lse = torch.empty(batch, heads, seq)
+        sizes = (batch * seq, heads, nope, rotary, int(interleave))
+        positions = cos.numel() // cos.shape[-1]
+        key = (pointer(shared), shared.stride(0))
+        call("rope_forward", q, kv, kv.shape[-1], *key, cos, sin, positions, turned, k, *sizes)
+        views = [View.of(t.transpose(1, 2)) for t in (turned, k, v, out)]
+        call("attention_forward", *views, lse, batch, heads, seq, dim, v.shape[-1], scale)
+        ctx.save_for_backward(turned, k, kv, out, lse, cos, sin)
+        ctx.scale, ctx.sizes, ctx.positions = scale, sizes, positions
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, kv, out, lse, cos, sin = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        batch, seq, heads, dim = q.shape
+        nope, rotary = ctx.sizes[2:4]
+        v_dim = kv.shape[-1] - nope
+        grad_q, grad_k, grad_kv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(kv)
+        inputs = [View.of(t.transpose(1, 2)) for t in (q, k, kv[..., nope:], out)]
+        results = [View.of(t.transpose(1, 2)) for t in (grad, grad_q, grad_k, grad_kv[..., nope:])]
+        call("attention_backward", *inputs, lse, *results, batch, heads, seq, dim, v_dim, ctx.scale)
+        grad_shared = q.new_empty(batch, seq, rotary)
+        turned = (grad_q, grad_k, cos, sin, ctx.positions)
+        call("rope_backward", *turned, grad_kv, kv.shape[-1], grad_shared, *ctx.sizes)
+        return grad_q, grad_kv, grad_shared, None, None, None, None
 
 
 def latent_attention(

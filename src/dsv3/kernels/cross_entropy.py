@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.kernels.native import call, usable
+
 IGNORE = -100
 """Target of a position that carries no loss."""
 
@@ -20,42 +22,53 @@ _PIECE = 1024  # tokens whose logits exist at once
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        counted = targets != IGNORE
-        share = 1.0 / counted.sum().clamp(min=1).item()
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: int | None) -> Tensor:
+        share = 1.0 / max(1, int((targets != IGNORE).sum()) if count is None else count)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], _PIECE):
             piece = slice(start, start + _PIECE)
-            h, mask = hidden[piece], counted[piece]
-            index = targets[piece].masked_fill(~mask, 0).unsqueeze(1)
-            logits = (h @ weight.T).float()
-            lse = logits.logsumexp(dim=1, keepdim=True)
-            total += ((lse - logits.gather(1, index)).squeeze(1) * mask).sum()
-            if grad_hidden is None or grad_weight is None:
-                continue
-            grad = logits.sub_(lse).exp_()
-            grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-            grad = grad.mul_((mask * share).unsqueeze(1)).to(h.dtype)
-            grad_hidden[piece] = grad @ weight
-            grad_weight += grad.T @ h
+            h = hidden[piece]
+            loss, grad = _cross_entropy(h @ weight.T, targets[piece], share)
+            total += loss
+            if grad_hidden is not None and grad_weight is not None:
+                torch.mm(grad, weight, out=grad_hidden[piece])
+                grad_weight += grad.T @ h
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total * share
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and the gradient of `share` times it; the logits are used up."""
+    if usable(logits):
+        if int(targets.max()) >= logits.shape[1]:
+            raise IndexError(f"target {int(targets.max())} of a vocabulary of {logits.shape[1]}")
+        losses = torch.empty(len(targets))
+        call("cross_entropy", logits, targets.contiguous(), losses, *logits.shape, share)
+        return losses.sum(), logits
+    counted = targets != IGNORE
+    index = targets.masked_fill(~counted, 0).unsqueeze(1)
+    grad = logits.float()
+    lse = grad.logsumexp(dim=1, keepdim=True)
+    loss = ((lse - grad.gather(1, index)).squeeze(1) * counted).sum()
+    grad.sub_(lse).exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    return loss, grad.mul_((counted * share).unsqueeze(1)).to(logits.dtype)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
     """Mean cross-entropy in nats of `hidden @ weight.T` against `targets`, a float32 scalar.
 
-    hidden: [tokens, dim]; weight: [vocab, dim]; targets: [tokens] int64, IGNORE where there is no loss.
+    hidden: [tokens, dim]; weight: [vocab, dim]; targets: [tokens] int64, IGNORE where there is no loss;
+    count: what the sum is divided by, by default the targets that carry loss.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, count)  # type: ignore[no-untyped-call]
     return loss

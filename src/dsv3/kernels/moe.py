@@ -16,6 +16,7 @@ Four ways to the same numbers, chosen by what is given:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -23,21 +24,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.kernels.native import call, trains, usable
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+
 _FEW = 64  # tokens up to which `_few_tokens` was at least as fast as `_loop` (32 experts, 4 chosen)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) * up, where `gate_up` [..., 2 * width] holds both halves. Returns [..., width]."""
+    if trains(gate_up) and gate_up.shape[-1] % 32 == 0:
+        result: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+        return result
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def routed_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, linear: Linear | None = None
+) -> Tensor:
     """Sum over each token's chosen experts of weight * down(SiLU(gate x) * up x).
 
     x: [tokens, hidden]; indices: [tokens, chosen] int64; weights: [tokens, chosen]; gate_up:
-    [experts, 2 * width, hidden]; down: [experts, hidden, width]. Returns [tokens, hidden] in x's dtype.
+    [experts, 2 * width, hidden]; down: [experts, hidden, width]; linear: what multiplies one expert's rows
+    [rows, in] with a matrix [out, in], by default `F.linear`. Returns [tokens, hidden] in x's dtype.
     """
+    if linear is not None and x.shape[0]:
+        return _loop(x, indices, weights, gate_up, down, linear)
     if not x.shape[0]:  # nothing to do, but whoever trains finds a gradient, zero, everywhere
         return F.linear(swiglu(F.linear(x, gate_up[0])), down[0]) * weights.sum()
     if x.is_cuda and x.dtype == torch.bfloat16:
@@ -70,7 +83,9 @@ def _few_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
     return _weighted(out.index_select(0, place), weights)
 
 
-def _loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _loop(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, linear: Linear = F.linear
+) -> Tensor:
     order, counts = _by_expert(indices, gate_up.shape[0])
     sizes: list[int] = counts.tolist()
     if x.dtype == torch.bfloat16:  # float32 goes through MKL, which takes any shape as it comes
@@ -85,7 +100,10 @@ def _loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Te
     rows = _Dispatch.apply(x, token, back).split(sizes)  # type: ignore[no-untyped-call]
     # unbind and split, not indexing: their backward writes each gradient once instead of a padded copy per slice.
     experts = zip(rows, gate_up.unbind(), down.unbind(), strict=True)
-    out = torch.cat([F.linear(swiglu(F.linear(r, w_in)), w_out) for r, w_in, w_out in experts if r.shape[0]])
+    out = torch.cat([linear(swiglu(linear(r, w_in)), w_out) for r, w_in, w_out in experts if r.shape[0]])
+    if trains(out):
+        combined: Tensor = _Combine.apply(out, back, weights.float())  # type: ignore[no-untyped-call]
+        return combined
     per_token: Tensor = _Collect.apply(out, back)  # type: ignore[no-untyped-call]
     return _weighted(per_token, weights)
 
@@ -130,6 +148,8 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (back,) = ctx.saved_tensors
+        if usable(grads[0]):
+            return _combined(grads[0], back, None, ctx.tokens), None, None
         grad = grads[0].index_select(0, back)
         return grad.view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
 
@@ -148,3 +168,46 @@ class _Collect(torch.autograd.Function):
         (back,) = ctx.saved_tensors
         (grad,) = grads
         return grad.new_zeros(ctx.rows, grad.shape[-1]).index_copy_(0, back, grad), None
+
+
+def _combined(rows: Tensor, places: Tensor, weights: Tensor | None, tokens: int) -> Tensor:
+    out = rows.new_empty(tokens, rows.shape[1])
+    call("combine_forward", rows, places, weights, out, tokens, len(places) // tokens, rows.shape[1])
+    return out
+
+
+class _Combine(torch.autograd.Function):
+    """_Collect and _weighted in one pass over the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        rows, weights = rows.contiguous(), weights.contiguous()
+        ctx.save_for_backward(rows, places, weights)
+        return _combined(rows, places, weights, len(weights))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        rows, places, weights = ctx.saved_tensors
+        grad_rows, grad_weights = torch.zeros_like(rows), torch.empty_like(weights)
+        sizes = (*weights.shape, rows.shape[1])
+        call(
+            "combine_backward", grads[0].contiguous(), rows, places, weights, grad_rows, grad_weights, *sizes
+        )
+        return grad_rows, None, grad_weights
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up)
+        out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        call("swiglu_forward", gate_up, out, out.numel() // out.shape[-1], out.shape[-1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad, result = grads[0].contiguous(), torch.empty_like(gate_up)
+        call("swiglu_backward", gate_up, grad, result, grad.numel() // grad.shape[-1], grad.shape[-1])
+        return result

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.kernels.native import call, pointer, trains
+
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -39,13 +41,37 @@ class _RMSNorm(torch.autograd.Function):
         return (grad_unit - unit * along.to(x.dtype)) * inverse.to(x.dtype), grad_weight, None
 
 
+class _NativeRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dim = weight.shape[0]
+        rows = x.reshape(-1, dim)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(rows))
+        call("rms_norm_forward", pointer(rows), rows.stride(0), weight, out, inverse, len(rows), dim, eps)
+        ctx.save_for_backward(rows, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad = grads[0].contiguous()
+        rows, weight, inverse = ctx.saved_tensors
+        grad_x, sums = torch.empty_like(grad), torch.empty(min(64, len(rows)), rows.shape[1])
+        sizes = (*rows.shape, len(sums))
+        call("rms_norm_backward", grad, pointer(rows), rows.stride(0), weight, inverse, grad_x, sums, *sizes)
+        return grad_x, sums.sum(0).to(weight.dtype), None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last dimension.
 
     x: [..., dim], float32 or bfloat16; weight: [dim]. Returns the shape and dtype of x.
     """
+    if trains(x, weight):
+        result: Tensor = _NativeRMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return result
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        result = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
     if x.dtype == torch.float32 or x.is_cuda or x.numel() <= 16 * x.shape[-1]:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)  # one call: the least overhead per token

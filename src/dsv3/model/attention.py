@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
-from dsv3.kernels.attention import causal_attention, latent_attention, per_head
+from dsv3.kernels.attention import causal_attention, latent_attention, per_head, rotary_attention
 from dsv3.model.layers import RMSNorm
 from dsv3.model.rope import Rope
 
@@ -101,24 +101,31 @@ class LatentAttention(nn.Module):
 
         angles: cos and sin of the tokens' positions; mask: bool [batch, 1, seq, seq] instead of the causal one.
         """
-        q_nope, q_rope, latent = self._project(x, rope, angles)
         if batch is None:
-            out = self._plain(q_nope, q_rope, latent, mask)
+            q, compressed, k_rope = self._compress(x)
+            kv = self.kv_b_proj(compressed).unflatten(-1, (self.heads, self.nope + self.v_dim))
+            out = rotary_attention(q, kv, k_rope, angles, self.scale, rope.interleave, mask).flatten(-2)
         else:
+            q_nope, q_rope, latent = self._project(x, rope, angles)
             cache = batch.cache[self.layer]
             cache.index_put_((batch.rows, batch.positions), latent)
             out = self._over_cache(q_nope, q_rope, cache, batch)
         projected: Tensor = self.o_proj(out)
         return projected
 
+    def _compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [..., heads, qk_dim], normed latents [..., rank] and the shared key [..., rotary], not turned yet."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_q else self.q_proj(x)
+        compressed, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rotary), dim=-1)
+        return q.unflatten(-1, (self.heads, self.qk_dim)), self.kv_a_layernorm(compressed), k_rope
+
     def _project(self, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., heads, nope] and [..., heads, rope], and the latent row to cache [..., latent_dim]."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_q else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, self.qk_dim)).split((self.nope, self.rotary), dim=-1)
-        compressed, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rotary), dim=-1)
+        q, compressed, k_rope = self._compress(x)
+        q_nope, q_rope = q.split((self.nope, self.rotary), dim=-1)
         cos, sin = angles
         q_rope = rope.rotate(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2))
-        latent = torch.cat((self.kv_a_layernorm(compressed), rope.rotate(k_rope, cos, sin)), dim=-1)
+        latent = torch.cat((compressed, rope.rotate(k_rope, cos, sin)), dim=-1)
         return q_nope, q_rope, latent
 
     def _plain(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:

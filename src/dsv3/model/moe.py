@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
-from dsv3.kernels.moe import routed_experts
+from dsv3.kernels.moe import Linear, routed_experts
 from dsv3.model.layers import FeedForward
 
 
@@ -90,6 +90,9 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """The routed experts of one layer, stacked: the checkpoint keeps each expert's three matrices apart."""
 
+    linear: Linear | None = None
+    """What multiplies by the matrices, if training wants something else than torch's linear."""
+
     def __init__(self, config: ModelConfig, n_routed_experts: int) -> None:
         super().__init__()
         width, hidden = config.moe_intermediate_size, config.hidden_size
@@ -97,7 +100,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden, width))
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        return routed_experts(x, indices, weights, self.gate_up_proj, self.down_proj)
+        return routed_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.linear)
 
 
 class MoE(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig
+from dsv3.kernels.attention import rotate
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -52,12 +53,5 @@ class Rope:
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn the pairs of x [..., qk_rope_head_dim] by angles whose cos and sin broadcast to [..., dim / 2].
-
-        Pairs are neighbours (2i, 2i + 1) as DeepSeek lays them out, or (i, i + dim / 2) where
-        `rope_interleave` is false. The result holds all first members, then all second ones: queries and
-        keys are permuted alike, so scores do not change.
-        """
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if self.interleave else x.chunk(2, dim=-1)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        """`dsv3.kernels.attention.rotate` with this model's order of pairs."""
+        return rotate(x, cos, sin, self.interleave)
