@@ -1,5 +1,21 @@
 """Number formats smaller than bfloat16: how weights are squeezed into them and brought back."""
 
-from dsv3.quant.fp8 import BLOCK, dequantize_blocks, quantize_blocks
+from dsv3.quant.fp8 import (
+    BLOCK,
+    dequantize_blocks,
+    dequantize_e5m6,
+    dequantize_tiles,
+    quantize_blocks,
+    quantize_e5m6,
+    quantize_tiles,
+)
 
-__all__ = ["BLOCK", "dequantize_blocks", "quantize_blocks"]
+__all__ = [
+    "BLOCK",
+    "dequantize_blocks",
+    "dequantize_e5m6",
+    "dequantize_tiles",
+    "quantize_blocks",
+    "quantize_e5m6",
+    "quantize_tiles",
+]
