@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dsv3.config import PRESETS, ModelConfig
+from dsv3.data.stream import Batch
 from dsv3.model import Routing, Transformer
 from dsv3.model.moe import MoE
 from dsv3.model.rope import Rope
-from dsv3.train.loss import Losses, expert_loads, objective, sequence_balance, update_biases
+from dsv3.train.loss import Losses, Targets, expert_loads, objective, sequence_balance, update_biases
 from tests.model.reference import random_ids, random_model
 
 CONFIG = PRESETS["tiny"].replace(num_nextn_predict_layers=2, num_hidden_layers=2, aux_loss_alpha=0.5)
@@ -84,7 +85,7 @@ def test_objective_and_its_gradients_equal_the_naive_ones(masked: bool) -> None:
     expected["total"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    losses = objective(model, tokens, LAMBDA, mask)
+    losses = objective(model, Batch(tokens, mask), LAMBDA)
     assert terms(losses) == pytest.approx({k: float(v.detach()) for k, v in expected.items()}, rel=1e-5)
     losses.total.backward()
     for name, p in model.named_parameters():
@@ -96,7 +97,7 @@ def test_objective_and_its_gradients_equal_the_naive_ones(masked: bool) -> None:
 
 def test_without_mtp_its_modules_are_not_run() -> None:
     model, tokens = trainable(), random_ids(CONFIG, batch=2, length=9)
-    losses = objective(model, tokens, 0.0)
+    losses = objective(model, Batch(tokens), 0.0)
     assert losses.mtp is None and set(losses.loads) == {1}
     losses.total.backward()
     assert all(p.grad is None for p in model.mtp.parameters())
@@ -108,12 +109,38 @@ def test_only_the_masked_targets_count() -> None:
     model, tokens = random_model(CONFIG), random_ids(CONFIG, batch=1, length=10)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[0, 6] = True
-    losses = objective(model, tokens, LAMBDA, mask)
+    losses = objective(model, Batch(tokens, mask), LAMBDA)
     out = model(tokens[:, :-1])
     wanted = tokens[0, 6]
     assert float(losses.main) == pytest.approx(-float(out.logits[0, 5].log_softmax(-1)[wanted]), rel=1e-5)
     by_module = [-float(out.mtp_logits[k - 1][0, 5 - k].log_softmax(-1)[wanted]) for k in (1, 2)]
     assert losses.mtp is not None and float(losses.mtp) == pytest.approx(sum(by_module) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_parts_of_a_batch_add_up_to_the_whole(masked: bool) -> None:
+    """Loss and gradients of microbatches, uneven and with unevenly many targets, are the whole batch's."""
+    model, tokens = trainable(), random_ids(CONFIG, batch=5, length=11)
+    mask = some_mask(tokens) if masked else None
+    whole = objective(model, Batch(tokens, mask), LAMBDA)
+    whole.total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    targets = Targets.of(Batch(tokens, mask), len(model.mtp))
+    parts = []
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        part = objective(model, Batch(tokens[rows], None if mask is None else mask[rows]), LAMBDA, targets)
+        part.total.backward()
+        parts.append(part)
+    for name, value in terms(whole).items():
+        assert sum(terms(part)[name] for part in parts) == pytest.approx(value, rel=1e-5), name
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-4, atol=1e-6)
+    assert (
+        sum(part.choices for part in parts)
+        == whole.choices
+        == CONFIG.num_experts_per_tok * sum(5 * (10 - k) for k in (0, 1, 2))
+    )
 
 
 # Packed samples ----------------------------------------------------------------------------------------
@@ -132,7 +159,7 @@ def test_packed_samples_equal_the_samples_alone(masked: bool) -> None:
     model = random_model(CONFIG)
     tokens, segments = packed()
     mask = some_mask(tokens) if masked else torch.ones_like(tokens, dtype=torch.bool)
-    together = objective(model, tokens, LAMBDA, mask, segments)
+    together = objective(model, Batch(tokens, mask, segments), LAMBDA)
 
     main, mtp = [0.0, 0], [[0.0, 0], [0.0, 0]]  # sums of nats, and of how many tokens
     for sample, counted in zip(tokens.split(LENGTHS, dim=1), mask.split(LENGTHS, dim=1), strict=True):
@@ -155,11 +182,11 @@ def test_a_sample_knows_nothing_of_its_neighbours() -> None:
     for number in range(len(LENGTHS)):
         mine = segments == number
         changed = torch.where(mine, tokens, others)
-        one, other = (objective(model, t, LAMBDA, mine, segments) for t in (tokens, changed))
+        one, other = (objective(model, Batch(t, mine, segments), LAMBDA) for t in (tokens, changed))
         assert one.mtp is not None and other.mtp is not None
         assert float(one.main) == pytest.approx(float(other.main), rel=1e-5), f"sample {number} sees another"
         assert float(one.mtp) == pytest.approx(float(other.mtp), rel=1e-5), f"MTP of sample {number} does"
-        blurred = objective(model, changed, LAMBDA, mine)
+        blurred = objective(model, Batch(changed, mine), LAMBDA)
         alike = float(one.main) == pytest.approx(float(blurred.main), rel=1e-3)
         assert alike == (number == 0), (
             "without segments a row is one stream, of which the first sees no other"
@@ -178,7 +205,7 @@ def test_positions_start_anew_with_each_sample(monkeypatch: pytest.MonkeyPatch) 
         return turn(rope, positions)
 
     monkeypatch.setattr(Rope, "__call__", remember)
-    objective(model, tokens, LAMBDA, None, segments)
+    objective(model, Batch(tokens, None, segments), LAMBDA)
     wanted = [i for length in LENGTHS for i in range(length)]
     assert seen[0].tolist() == [wanted[:-1]], "the last token is a target only"
 
@@ -188,7 +215,7 @@ def test_nothing_is_predicted_across_a_border() -> None:
     tokens, segments = packed()
     mask = torch.zeros_like(segments, dtype=torch.bool)
     mask[:, 1:] = segments[:, 1:] != segments[:, :-1]  # the first token of each sample is all that counts
-    losses = objective(model, tokens, LAMBDA, mask, segments)
+    losses = objective(model, Batch(tokens, mask, segments), LAMBDA)
     assert losses.mtp is not None and float(losses.main) == 0 and float(losses.mtp) == 0
 
 
@@ -245,7 +272,7 @@ def test_biases_move_by_gamma_against_the_load_of_the_batch() -> None:
     model, tokens = random_model(CONFIG), random_ids(CONFIG, batch=3, length=15)
     routing: list[Routing] = []
     model.features(tokens[:, :-1], routing=routing)
-    losses = objective(model, tokens, LAMBDA)
+    losses = objective(model, Batch(tokens), LAMBDA)
     before = biases(model)
     update_biases(model, losses.loads, gamma=0.01)
     after = biases(model)

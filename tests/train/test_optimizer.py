@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def step(model: nn.Module, optimizer: MasterAdamW, number: int, lr: float = 1e-2
 
 def test_float32_equals_torchs_adamw() -> None:
     ours, theirs = small(), small()
-    optimizer = MasterAdamW(ours, betas=(0.8, 0.95), weight_decay=0.2)
+    optimizer = MasterAdamW(ours, betas=(0.8, 0.95), weight_decay=0.2, moments=torch.float32)
     decayed = [p for p in theirs.parameters() if p.dim() > 1]
     plain = [p for p in theirs.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}]
@@ -49,6 +50,40 @@ def test_float32_equals_torchs_adamw() -> None:
         assert norm == pytest.approx(float(wanted), rel=1e-5)
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_moments_in_bfloat16_are_rounded_once_a_step() -> None:
+    """The report's AdamW, by hand: moments stored in bf16, every sum in float32."""
+    model = small()
+    optimizer = MasterAdamW(model, weight_decay=0.0)
+    masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in masters.items()}
+    for number in range(1, 6):
+        loss_of(model, number).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.accumulate()
+        optimizer.step(1e-2, clip=1e9)
+        for name, gradient in gradients.items():
+            first = 0.9 * moments[name][0] + 0.1 * gradient
+            second = 0.95 * moments[name][1] + 0.05 * gradient**2
+            step = (first / (1 - 0.9**number)) / ((second / (1 - 0.95**number)).sqrt() + 1e-8)
+            masters[name] -= 1e-2 * step
+            moments[name] = first.bfloat16().float(), second.bfloat16().float()
+    state = optimizer.state()
+    for name, master in masters.items():
+        torch.testing.assert_close(optimizer.masters[name], master, rtol=1e-4, atol=1e-5)
+        assert state[f"exp_avg.{name}"].dtype == state[f"exp_avg_sq.{name}"].dtype == torch.bfloat16
+        torch.testing.assert_close(state[f"exp_avg.{name}"].float(), moments[name][0], rtol=1e-2, atol=1e-6)
+
+
+def test_a_gradient_that_is_no_number_changes_nothing() -> None:
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = MasterAdamW(model)
+    loss_of(model, 0, math.nan).backward()
+    optimizer.accumulate()
+    assert math.isnan(optimizer.step(1e-2))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_updates_too_small_for_bfloat16_are_kept() -> None:
@@ -81,7 +116,7 @@ def test_clipping() -> None:
     """Moments are those of the gradient cut to the clip; the norm is reported as it was; a small one stays."""
     for scale in (1.0, 1e-3):
         model, reference = small(), small()
-        optimizer = MasterAdamW(model)
+        optimizer = MasterAdamW(model, moments=torch.float32)
         loss_of(model, 0, scale).backward()
         loss_of(reference, 0, scale).backward()
         gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
@@ -119,7 +154,9 @@ def test_a_stage_goes_on_from_a_file(tmp_path: Path) -> None:
     for number in range(3, 6):
         assert step(model, optimizer, number) == step(other, resumed, number)
     one, two = optimizer.state(), resumed.state()
-    assert one.keys() == two.keys() and len(one) == 4 * 6, "a master, two moments and a count per parameter"
+    assert one.keys() == two.keys() and len(one) == 3 * 6 + 1, (
+        "a master and two moments per parameter, and a count"
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

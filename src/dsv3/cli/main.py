@@ -21,7 +21,11 @@ import typer
 
 from dsv3.cli.chat import chat
 from dsv3.cli.convert import convert
+from dsv3.cli.data import app as data
+from dsv3.cli.eval import evaluate
 from dsv3.cli.inspect import inspect
+from dsv3.cli.tokenizer import app as tokenizer
+from dsv3.cli.train import train
 from dsv3.errors import UserError
 
 # Typer has changed whose click it uses; its own BadParameter(UsageError(ClickException)) leads to either.
@@ -39,7 +43,13 @@ app = typer.Typer(
 )
 app.command(epilog="Example: dsv3 chat nano --system 'You are a kind fox.'")(chat)
 app.command(epilog="Example: dsv3 inspect v3-671b")(inspect)
+app.command("eval", epilog="Example: dsv3 eval nano --tasks needle --lengths 512,1024 --plot needle.png")(
+    evaluate
+)
 app.command(epilog="Example: dsv3 convert ./DeepSeek-V3 ./DeepSeek-V3-bf16 --to hf-bf16")(convert)
+app.add_typer(data, name="data", epilog="Example: dsv3 data build recipes/nano.yaml --material ./material")
+app.add_typer(tokenizer, name="tokenizer", epilog="Example: dsv3 tokenizer report nano -i ./books")
+app.command(epilog="Example: dsv3 train recipes/nano.yaml --material ./material")(train)
 
 
 def _version(asked: bool) -> None:

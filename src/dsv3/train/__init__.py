@@ -1,1 +1,1 @@
-"""Training. For now one program, `dsv3.train.nano`, over the pieces that every stage shares."""
+"""Training on one machine: a loop, what its steps are made of, and the stages of a recipe over it."""

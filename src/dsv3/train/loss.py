@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3.data.stream import Batch
 from dsv3.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from dsv3.model import Routing, Transformer
 from dsv3.model.moe import MoE
@@ -29,25 +30,47 @@ class Losses:
     mtp: Tensor | None
     balance: Tensor
     loads: dict[int, Tensor]
-    """For each MoE layer [n_routed_experts]: how many tokens chose each expert."""
+    """For each MoE layer [n_routed_experts]: how many tokens each expert was given."""
+    choices: int
+    """How many experts all tokens chose, in all layers."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How many targets a batch has, so that parts of it know their share when gradients are accumulated."""
+
+    rows: int
+    """Sequences."""
+    counted: tuple[int, ...]
+    """Targets that carry loss: of the main head, then of MTP module 1, 2, ..."""
+
+    @classmethod
+    def of(cls, batch: Batch, modules: int) -> Targets:
+        """Count a whole batch for a model of so many MTP modules."""
+        wanted = (
+            batch.tokens if batch.loss_mask is None else batch.tokens.masked_fill(~batch.loss_mask, IGNORE)
+        )
+        counts = (int((_ahead(wanted, batch.segments, k) != IGNORE).sum()) for k in range(1, modules + 2))
+        return cls(batch.tokens.shape[0], tuple(counts))
 
 
 def objective(
     model: Transformer,
-    tokens: Tensor,
+    batch: Batch,
     mtp_weight: float,
-    loss_mask: Tensor | None = None,
-    segments: Tensor | None = None,
+    whole: Targets | None = None,
 ) -> Losses:
     """The loss of a batch of token rows.
 
-    tokens: [batch, seq + 1] int64, inputs and targets in one; loss_mask: bool [batch, seq + 1], True for
-    tokens whose prediction counts; segments: int [batch, seq + 1], the sample each token belongs to. With
-    segments, attention and positions start anew in each sample (SFT); without, rows are one stream
-    (pretraining packs without cross-sample masks; report, section 4.1).
+    batch.tokens: [rows, seq + 1] int64, inputs and targets in one; loss_mask: bool of the same shape, True for
+    tokens whose prediction counts; segments: the sample each token belongs to. With segments, attention and
+    positions start anew in each sample (SFT); without, rows are one stream (pretraining packs without
+    cross-sample masks; report, section 4.1). whole: the targets of the batch that this one is a part of; the
+    losses of all parts then add up to the whole batch's.
     """
+    tokens, segments = batch.tokens, batch.segments
     inputs = tokens[:, :-1]
-    targets = tokens if loss_mask is None else tokens.masked_fill(~loss_mask, IGNORE)
+    targets = tokens if batch.loss_mask is None else tokens.masked_fill(~batch.loss_mask, IGNORE)
     positions = mask = None
     if segments is not None:
         positions, mask = _per_sample(segments[:, :-1])
@@ -55,19 +78,27 @@ def objective(
     hidden, mtp_hidden = model.features(inputs, positions, mask, routing, mtp=mtp_weight > 0)
 
     weight = model.lm_head.weight
-    main = linear_cross_entropy(hidden.flatten(0, 1), weight, _ahead(targets, segments, 1))
-    total, mtp = main, None
+    whole = whole or Targets.of(batch, len(mtp_hidden))
+    terms = [
+        linear_cross_entropy(h.flatten(0, 1), weight, _ahead(targets, segments, k + 1), whole.counted[k])
+        for k, h in enumerate((hidden, *mtp_hidden))
+    ]
+    total = main = terms[0]
+    mtp = None
     if mtp_hidden:
-        terms = [
-            linear_cross_entropy(h.flatten(0, 1), weight, _ahead(targets, segments, k + 1))
-            for k, h in enumerate(mtp_hidden, start=1)
-        ]
-        mtp = torch.stack(terms).mean()
+        mtp = torch.stack(terms[1:]).mean()
         total = total + mtp_weight * mtp
-    balance = sequence_balance(routing, inputs.shape[0])
+    balance = sequence_balance(routing, inputs.shape[0]) * (inputs.shape[0] / whole.rows)
     total = total + model.config.aux_loss_alpha * balance
+    loads = expert_loads(routing)
+    choices = (model.config.num_experts_per_tok or 0) * sum(r.scores.shape[0] for r in routing)
     return Losses(
-        total, main.detach(), None if mtp is None else mtp.detach(), balance.detach(), expert_loads(routing)
+        total,
+        main.detach(),
+        None if mtp is None else mtp.detach(),
+        balance.detach(),
+        loads,
+        choices,
     )
 
 
@@ -92,7 +123,7 @@ def _per_sample(segments: Tensor) -> tuple[Tensor, Tensor]:
 
 def sequence_balance(routing: Sequence[Routing], batch: int) -> Tensor:
     """Sum over layers of the complementary sequence-wise balance loss, before alpha (equations 17-20)."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=routing[0].scores.device if routing else None)
     for layer in routing:
         scores = layer.scores.unflatten(0, (batch, -1))
         share = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
