@@ -142,6 +142,22 @@ def test_without_gradients() -> None:
     torch.testing.assert_close(loss.double(), exact(hidden, weight, targets)[0])
 
 
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for weights that could have one, as in validation."""
+    hidden, weight, targets = case(30, 6, 11)
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight.requires_grad_(), targets) > 0
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, weight, targets = case(30, 6, 11)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("leaf", [0, 1])
 def test_either_may_be_frozen(leaf: int) -> None:
     inputs = list(case(30, 6, 11))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from dsv3.kernels import attention, cross_entropy, moe, native, norm
 from dsv3.train.optimizer import MasterAdamW
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels on this machine")
+
+
+@pytest.fixture(autouse=True)
+def no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is AMX attention is torch's; here it is ours everywhere."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -113,9 +120,20 @@ def test_cross_entropy() -> None:
     )  # logits are bf16
 
 
-def test_a_target_outside_the_vocabulary_is_refused() -> None:
-    with pytest.raises(IndexError, match="target 48 of a vocabulary of 48"):
-        cross_entropy.linear_cross_entropy(random(3, 16), random(48, 16), torch.tensor([1, 48, 2]))
+@pytest.mark.parametrize("target", [48, -1, -99, -101])
+def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
+    with pytest.raises(IndexError, match=f"target {target} of a vocabulary of 48"):
+        cross_entropy.linear_cross_entropy(random(3, 16), random(48, 16), torch.tensor([1, target, 2]))
+
+
+def test_there_must_be_a_target_for_each_token() -> None:
+    with pytest.raises(ValueError, match="for 3 tokens"):
+        cross_entropy.linear_cross_entropy(random(3, 16), random(48, 16), torch.tensor([1, 2]))
+
+
+def test_a_weight_of_another_width_is_left_to_torch() -> None:
+    with pytest.raises(RuntimeError):
+        norm.rms_norm(random(4, 64).requires_grad_(), random(32), 1e-6)
 
 
 def test_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +157,23 @@ def test_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_do_not_change_a_bit() -> None:
     def results() -> list[Tensor]:
+        torch.manual_seed(0)
         x, weight = random(300, 64).requires_grad_(), random(64, seed=1).requires_grad_()
         q, kv = random(2, 70, 2, 48).requires_grad_(), random(2, 70, 2, 48, seed=1).requires_grad_()
         k_rope = random(2, 70, 32, seed=2).requires_grad_()
         out = attention.rotary_attention(q, kv, k_rope, (torch.ones(70, 16), torch.zeros(70, 16)), 0.2)
-        (norm.rms_norm(x, weight, 1e-6).square().sum() + out.square().sum()).backward()
-        return [t.grad for t in (x, weight, q, kv, k_rope) if t.grad is not None]
+        rows, gates = random(300, 64, seed=3).requires_grad_(), torch.rand(100, 2).requires_grad_()
+        places = torch.arange(200).flip(0) + 50
+        combined = moe._Combine.apply(rows, places, gates)
+        gate_up = random(300, 64, seed=4).requires_grad_()
+        outs = [out, norm.rms_norm(x, weight, 1e-6), combined, moe.swiglu(gate_up)]
+        torch.stack([t.square().sum() for t in outs]).sum().backward()
+        loss, grad = cross_entropy._cross_entropy(random(300, 64), torch.arange(300) % 64, 0.1)
+        master, first, second = torch.ones(4096), *torch.zeros(2, 4096, dtype=torch.bfloat16)
+        update = random(4096).float()
+        native.call("adamw", master, first, second, update, 4096, 0.9, 0.95, 1e-8, 0.1, 1.0, 1.0)
+        leaves = [t.grad for t in (x, weight, q, kv, k_rope, rows, gates, gate_up) if t.grad is not None]
+        return [t.detach() for t in outs] + leaves + [loss, grad, master, first, second]
 
     before = torch.get_num_threads()
     try:
@@ -165,12 +194,220 @@ def test_without_gradients_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) 
         norm.rms_norm(random(40, 32), random(32), 1e-6)
 
 
-def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.library.__wrapped__() is None
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Gives an empty cache, and a compiler that is a shell script; returns the folder of the cache."""
+
+    def install(script: str) -> Path:
+        compiler = tmp_path / "compiler"
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        return tmp_path / "dsv3"
+
+    return install
+
+
+def copy_of(library: object) -> str:
+    """A script that compiles by copying what is loaded already, and counts how often in the file `$0.log`."""
+    return f'echo "$@" >> "$0.log"; for to; do :; done; cp "{library._name}" "$to"'  # type: ignore[attr-defined]
+
+
+def builds(tmp_path: Path) -> int:
+    return len((tmp_path / "compiler.log").read_text().splitlines())
+
+
+def test_a_compiler_that_fails_is_done_without_and_told(
+    fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("echo the disk is full >&2; exit 1")
+    with pytest.warns(UserWarning, match="the disk is full"):
+        assert native.library.__wrapped__() is None
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.library.__wrapped__() is None
+
+
+def test_builds_are_kept_and_one_that_is_cut_off_or_open_to_others_is_replaced(
+    fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = fake(copy_of(native.library()))
+    for _ in range(2):
+        assert native.library.__wrapped__() is not None
+    assert builds(tmp_path) == 1
+    (built,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, built.stat().st_mode & 0o777) == (0o700, 0o700)
+    built.chmod(0o722)
+    assert native.library.__wrapped__() is not None
+    assert builds(tmp_path) == 2
+    # In another folder, for what is loaded already is not opened again.
+    other = tmp_path / "other" / "dsv3"
+    other.mkdir(mode=0o700, parents=True)
+    (other / built.name).write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(other.parent))
+    assert native.library.__wrapped__() is not None
+    assert builds(tmp_path) == 3
+    assert native.library.__wrapped__() is not None
+    assert builds(tmp_path) == 3
+
+
+def test_nothing_is_kept_where_others_can_write(
+    fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = fake(copy_of(native.library()))
+    folder.mkdir()
+    folder.chmod(0o777)
+    for _ in range(2):
+        assert native.library.__wrapped__() is not None
+    assert builds(tmp_path) == 2 and not list(folder.iterdir())
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    assert native.library.__wrapped__() is not None
+    assert builds(tmp_path) == 3
+
+
+def test_the_compiler_may_have_another_in_front(
+    fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(copy_of(native.library()))
+    monkeypatch.setenv("CXX", "env " + os.environ["CXX"])
+    assert native.library.__wrapped__() is not None
+
+
+def test_the_source_has_no_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-O0", "-Werror", "-fsyntax-only"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_open", lambda path: path)
+    monkeypatch.setattr(Path, "chmod", lambda *arguments: None)
+    with pytest.raises(FileNotFoundError):  # compiled without a word, and without a result
+        native._load(["g++"])
+
+
+WAYS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "rms_norm": (lambda x, w: norm.rms_norm(x, w, 1e-6), [random(40, 32), random(32, seed=1)]),
+    "swiglu": (moe.swiglu, [random(9, 64)]),
+    "rotary_attention": (
+        lambda q, kv, k: attention.rotary_attention(q, kv, k, (torch.ones(9, 16), torch.zeros(9, 16)), 0.2),
+        [random(1, 9, 2, 48), random(1, 9, 2, 48, seed=1), random(1, 9, 32, seed=2)],
+    ),
+    "routed_experts": (
+        lambda x, w, up, down: moe.routed_experts(x, torch.arange(18).view(9, 2) % 3, w, up, down),
+        [random(9, 16), random(9, 2), random(3, 32, 16, seed=2), random(3, 16, 16, seed=3)],
+    ),
+    "linear_cross_entropy": (
+        lambda h, w: cross_entropy.linear_cross_entropy(h, w, torch.arange(9)),
+        [random(9, 16), random(48, 16, seed=1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", WAYS)
+def test_what_is_not_finite_stays_visible(name: str, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever torch's way has a number that is not finite, ours has; a diverged run must not look healthy."""
+    function, inputs = WAYS[name]
+
+    def results(which: int) -> list[Tensor]:
+        leaves = [t.clone() for t in inputs]
+        leaves[which].view(-1)[17] = bad
+        leaves = [t.requires_grad_() for t in leaves]
+        out = function(*leaves)
+        out.backward(torch.ones_like(out))
+        return [out.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+    for which in range(len(inputs)):
+        ours = results(which)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            for a, b in zip(ours, results(which), strict=True):
+                assert not (a.isfinite() & ~b.isfinite()).any(), which
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 5, 47])
+def test_a_bad_logit_spoils_its_row_and_no_other(bad: float, place: int) -> None:
+    logits = random(3, 48)
+    logits[1, place] = bad
+    loss, grad = cross_entropy._cross_entropy(logits, torch.tensor([1, 2, 3]), 1.0)
+    assert not loss.isfinite()
+    assert grad.isnan().all(1).tolist() == [False, True, False] == (~grad.isfinite()).any(1).tolist()
+
+
+def test_swiglu_of_a_gate_that_is_far_from_zero() -> None:
+    gate_up = torch.full((1, 32), 2.0, dtype=torch.bfloat16)
+    gate_up[0, :4] = torch.tensor([-1e30, -1e4, 1e4, 1e30])
+    out = moe.swiglu(gate_up.requires_grad_())
+    torch.testing.assert_close(out[0, :4].float(), torch.tensor([0.0, 0, 2e4, 2e30]), rtol=0.01, atol=0)
+
+
+def test_adamw_keeps_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, first, second = torch.ones(32), *torch.zeros(2, 32, dtype=torch.bfloat16)
+    grad = torch.ones(32)
+    grad[3] = math.nan
+    native.call("adamw", master, first, second, grad, 32, 0.9, 0.95, 1e-8, 0.1, 1.0, 1.0)
+    for t in (master, first, second):
+        assert t.isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_other_default_dtypes_do_not_matter(name: str) -> None:
+    """Buffers that the C++ code fills with float32 are float32."""
+    function, inputs = WAYS[name]
+
+    def results() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = function(*leaves)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    expected = results()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_second_derivatives_are_refused(name: str) -> None:
+    function, inputs = WAYS[name]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    (grad,) = torch.autograd.grad(function(*leaves).float().square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_kernels_refuse_types_they_would_misread() -> None:
+    logits, losses = random(3, 48), torch.empty(3)
+    targets = torch.tensor([1, 2, 3])
+    native.call("cross_entropy", logits, targets, losses, 3, 48, 1.0)
+    for wrong in [
+        (logits, targets.int(), losses, 3, 48, 1.0),
+        (logits, targets, losses.double(), 3, 48, 1.0),
+        (logits.float(), targets, losses, 3, 48, 1.0),
+        (logits.T, targets, losses, 3, 48, 1.0),
+    ]:
+        with pytest.raises(TypeError):
+            native.call("cross_entropy", *wrong)
+    for function in (native.pointer, native.View.of):
+        with pytest.raises(TypeError):
+            function(torch.zeros(1, 1, 2, 16))
+    with pytest.raises(ValueError, match="longer"):
+        native.call("cross_entropy", logits, targets, losses)
+
+
+def test_angles_are_read_in_float32_and_must_fit() -> None:
+    def attend(cos: Tensor, sin: Tensor) -> Tensor:
+        q, kv = random(2, 9, 2, 48).requires_grad_(), random(2, 9, 2, 48, seed=1)
+        return attention.rotary_attention(q, kv, random(2, 9, 32, seed=2), (cos, sin), 0.2)
+
+    cos, sin = random(9, 16).cos(), random(9, 16).sin()
+    assert torch.equal(attend(cos, sin), attend(cos.float(), sin.float()))
+    for shape in [(8, 16), (3, 16), (9, 32), (3, 9, 16), (18, 16)]:
+        with pytest.raises(ValueError, match="do not fit"):
+            attend(torch.ones(shape), torch.zeros(shape))

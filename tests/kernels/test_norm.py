@@ -129,3 +129,11 @@ def test_rows_are_independent_of_their_batch() -> None:
     together = rms_norm(x, weight, 1e-6)
     alone = torch.cat([rms_norm(row, weight, 1e-6) for row in x.split(1)])
     torch.testing.assert_close(together, alone, rtol=0.016, atol=0)
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, weight = inputs((4, 6), torch.float32)
+    out = rms_norm(x.requires_grad_(), weight, 1e-6)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3.kernels.native import View, call, pointer, trains
 
@@ -99,15 +100,19 @@ class _RotaryAttention(torch.autograd.Function):
         scale: float,
         interleave: bool,
     ) -> Tensor:
-        q, kv, cos, sin = (t.contiguous() for t in (q, kv, cos, sin))
-        shared = k_rope.flatten(0, 1)
-        shared = shared if shared.stride(1) == 1 else shared.contiguous()
         batch, seq, heads, dim = q.shape
         rotary = k_rope.shape[-1]
         nope = dim - rotary
+        fit = kv.shape[:3] == q.shape[:3] and k_rope.shape[:2] == q.shape[:2] and cos.shape == sin.shape
+        if not fit or cos.shape not in [(*rows, seq, rotary // 2) for rows in ((), (1,), (batch,))]:
+            shapes = [tuple(t.shape) for t in (q, kv, k_rope, cos, sin)]
+            raise ValueError(f"q, kv, k_rope, cos and sin of shapes {shapes} do not fit")
+        q, kv, cos, sin = (t.contiguous() for t in (q, kv, cos.float(), sin.float()))
+        shared = k_rope.flatten(0, 1)
+        shared = shared if shared.stride(1) == 1 else shared.contiguous()
         v = kv[..., nope:]
         turned, k, out = torch.empty_like(q), torch.empty_like(q), q.new_empty(v.shape)
-        lse = torch.empty(batch, heads, seq)
+        lse = torch.empty(batch, heads, seq, dtype=torch.float32)
         sizes = (batch * seq, heads, nope, rotary, int(interleave))
         positions = cos.numel() // cos.shape[-1]
         key = (pointer(shared), shared.stride(0))
@@ -119,6 +124,7 @@ class _RotaryAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, kv, out, lse, cos, sin = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()

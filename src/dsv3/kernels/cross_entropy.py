@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3.kernels.native import call, usable
 
@@ -22,10 +23,11 @@ _PIECE = 1024  # tokens whose logits exist at once
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: int | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: int | None, needs_grad: bool
+    ) -> Tensor:
         share = 1.0 / max(1, int((targets != IGNORE).sum()) if count is None else count)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needs_grad = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], _PIECE):
@@ -41,18 +43,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * share
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+        grad_hidden, grad_weight = (t * grad.to(t.dtype) for t in (grad_hidden, grad_weight))
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Sum of the losses, and the gradient of `share` times it; the logits are used up."""
     if usable(logits):
-        if int(targets.max()) >= logits.shape[1]:
-            raise IndexError(f"target {int(targets.max())} of a vocabulary of {logits.shape[1]}")
-        losses = torch.empty(len(targets))
+        if targets.shape != logits.shape[:1]:
+            raise ValueError(f"targets of shape {tuple(targets.shape)} for {logits.shape[0]} tokens")
+        wrong = (targets >= logits.shape[1]) | ((targets < 0) & (targets != IGNORE))
+        if wrong.any():
+            raise IndexError(f"target {int(targets[wrong][0])} of a vocabulary of {logits.shape[1]}")
+        losses = torch.empty(len(targets), dtype=torch.float32)
         call("cross_entropy", logits, targets.contiguous(), losses, *logits.shape, share)
         return losses.sum(), logits
     counted = targets != IGNORE
@@ -70,5 +77,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, count:
     hidden: [tokens, dim]; weight: [vocab, dim]; targets: [tokens] int64, IGNORE where there is no loss;
     count: what the sum is divided by, by default the targets that carry loss.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, count)  # type: ignore[no-untyped-call]
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, count, needs_grad
+    )
     return loss

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3.kernels.native import call, trains, usable
 
@@ -101,7 +102,7 @@ def _loop(
     # unbind and split, not indexing: their backward writes each gradient once instead of a padded copy per slice.
     experts = zip(rows, gate_up.unbind(), down.unbind(), strict=True)
     out = torch.cat([linear(swiglu(linear(r, w_in)), w_out) for r, w_in, w_out in experts if r.shape[0]])
-    if trains(out):
+    if weights.shape == indices.shape and trains(out):
         combined: Tensor = _Combine.apply(out, back, weights.float())  # type: ignore[no-untyped-call]
         return combined
     per_token: Tensor = _Collect.apply(out, back)  # type: ignore[no-untyped-call]
@@ -146,6 +147,7 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, token)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (back,) = ctx.saved_tensors
         if usable(grads[0]):
@@ -164,6 +166,7 @@ class _Collect(torch.autograd.Function):
         return rows.index_select(0, back)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (back,) = ctx.saved_tensors
         (grad,) = grads
@@ -186,6 +189,7 @@ class _Combine(torch.autograd.Function):
         return _combined(rows, places, weights, len(weights))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
         rows, places, weights = ctx.saved_tensors
         grad_rows, grad_weights = torch.zeros_like(rows), torch.empty_like(weights)
@@ -206,6 +210,7 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         grad, result = grads[0].contiguous(), torch.empty_like(gate_up)

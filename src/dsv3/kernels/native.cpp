@@ -31,9 +31,10 @@ inline float widen(bf16 x) {
     return y;
 }
 
-// exp(x) to two units in the last place: 2^n times a polynomial in the rest, |rest| <= ln 2 / 2 (Cephes' expf).
+// exp(x) of x <= 104, to two units in the last place: 2^n times a polynomial in the rest, |rest| <= ln 2 / 2 (Cephes'
+// expf). NaN stays NaN, for max and min give back their second operand where either is one.
 inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -46,7 +47,8 @@ inline __m512 exponential(__m512 x) {
 
 inline __m512 sigmoid(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    const __m512 minus = _mm512_min_ps(_mm512_set1_ps(104.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(minus)));
 }
 
 // C [ROWS, 16 * VECTORS] (+)= A B, all of it in registers. A's pair (row, k) is at a[row * a_row + k * a_k],
@@ -187,6 +189,7 @@ void attention_forward(View q, View k, View v, View out, float* lse, int64_t bat
                 for (int64_t i = 0; i < BLOCK; i++) {
                     float* row = &scores[i * padded];
                     for (int64_t j = first + i + 1; j < seen; j++) row[j] = -INFINITY;
+                    // `top` may lose a NaN; its exponential does not, and makes `total` one.
                     __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
                     for (int64_t j = 0; j < seen; j += LANES) top = _mm512_max_ps(top, _mm512_loadu_ps(row + j));
                     const float peak = _mm512_reduce_max_ps(top) * scale;
@@ -347,7 +350,7 @@ void rope_backward(bf16* grad_q, const bf16* grad_k, const float* cos, const flo
 }
 
 // Rows of logits [rows, vocab], each turned into the gradient of `share` times its cross-entropy; losses [rows].
-// A negative target is none: loss and gradient are zero.
+// A negative target is none: loss and gradient are zero. A NaN in a row makes all of it NaN.
 void cross_entropy(bf16* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocab, float share) {
 #pragma omp parallel
     {

@@ -5,6 +5,7 @@ torch has no fused CPU kernel for several things that training does over and ove
 compiled by the machine's own compiler, kept in the user's cache, and loaded through ctypes, which needs neither
 Python's nor torch's headers, so that a build takes seconds. Each kernel that has a native way asks `library()`;
 what comes back is None where there is no compiler, no AVX512-BF16, or DSV3_NATIVE=0, and then torch does the work.
+CXX may name another compiler than g++, in front of it whatever it needs ("ccache g++").
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +26,26 @@ import torch
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra"]
+_FLAGS += ["-Wno-maybe-uninitialized"]  # which gcc says of its own intrinsics
+
+# What each kernel takes, a letter an argument: a contiguous tensor of bf16 (b), float32 (f) or int64 (l), a bf16
+# `pointer` (p), a View (v), a whole number (n), a fraction (x).
+_SIGNATURES = {
+    "attention_forward": "vvvvf" + "nnnnnx",
+    "attention_backward": "vvvvf" + "vvvv" + "nnnnnx",
+    "rope_forward": "bbnpnffnbb" + "nnnnn",
+    "rope_backward": "bbffnbnb" + "nnnnn",
+    "cross_entropy": "blfnnx",
+    "swiglu_forward": "bbnn",
+    "swiglu_backward": "bbbnn",
+    "rms_norm_forward": "pnbbfnnx",
+    "rms_norm_backward": "bpnbfbfnnn",
+    "combine_forward": "blfbnnn",
+    "combine_backward": "bblfbfnnn",
+    "adamw": "fbbfnxxxxxx",
+}
+_DTYPES = {"b": torch.bfloat16, "f": torch.float32, "l": torch.int64}
 
 
 class View(ctypes.Structure):
@@ -38,11 +60,8 @@ class View(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor) -> View:
-        assert x.dim() == 4 and x.stride(-1) == 1 and x.dtype == torch.bfloat16, (
-            x.shape,
-            x.stride(),
-            x.dtype,
-        )
+        if x.dim() != 4 or x.stride(-1) != 1 or x.dtype != torch.bfloat16:
+            raise TypeError(f"no bf16 heads: {x.dtype} {tuple(x.shape)} with strides {x.stride()}")
         return cls(x.data_ptr(), *x.stride()[:3])
 
 
@@ -58,54 +77,104 @@ def trains(*tensors: Tensor) -> bool:
 
 
 def pointer(x: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's numbers begin, for a kernel that is told how far its rows lie apart."""
+    """Where a bf16 tensor's numbers begin, for a kernel that is told how far its rows lie apart."""
+    if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
+        raise TypeError(f"no bf16 rows: {x.dtype} with strides {x.stride()}")
     return ctypes.c_void_p(x.data_ptr())
 
 
 def call(name: str, *arguments: Tensor | View | ctypes.c_void_p | int | float | None) -> None:
-    """Run the kernel of that name. Tensors must be contiguous: give others as a View or `pointer`."""
+    """Run the kernel of that name. Tensors must be contiguous: give others as a View or `pointer`.
+
+    Types are held against the kernel's signature; that the sizes are those of the tensors is up to the caller.
+    """
     native = library()
     assert native is not None
-    getattr(native, name)(*map(_as_c, arguments))
+    kinds = _SIGNATURES[name]
+    getattr(native, name)(*(_as_c(x, kind) for x, kind in zip(arguments, kinds, strict=True)))
 
 
-def _as_c(x: Tensor | View | ctypes.c_void_p | int | float | None) -> object:
-    if isinstance(x, Tensor):
-        assert x.is_contiguous(), (x.shape, x.stride())
-        return ctypes.c_void_p(x.data_ptr())
-    if isinstance(x, float):
-        return ctypes.c_float(x)
-    return ctypes.c_int64(x) if isinstance(x, int) else x
+def _as_c(x: Tensor | View | ctypes.c_void_p | int | float | None, kind: str) -> object:
+    if not isinstance(x, Tensor):
+        return x
+    if x.dtype != _DTYPES.get(kind) or not x.is_contiguous():
+        raise TypeError(
+            f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} for an argument of kind {kind!r}"
+        )
+    return x.data_ptr()
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had."""
-    supported = platform.machine() == "x86_64" and torch.cpu._is_avx512_bf16_supported()
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if not supported or compiler is None or os.environ.get("DSV3_NATIVE") == "0":
+    """The compiled kernels, or None where they cannot be had; a build that fails is told, once."""
+    if platform.machine() != "x86_64" or os.environ.get("DSV3_NATIVE") == "0":
+        return None
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if not torch.cpu._is_avx512_bf16_supported() or not shutil.which(compiler[0]):
         return None
     try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError):
+        return _load(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        warnings.warn(
+            f"no native kernels, which makes training slower (DSV3_NATIVE=0): {reason}", stacklevel=2
+        )
         return None
 
 
-def _build(compiler: str) -> Path:
-    """Compile unless it was done before, for this source, these flags and this kind of processor."""
+def _load(compiler: list[str]) -> ctypes.CDLL:
+    """Out of the cache what was built for this source, these flags and this kind of processor; else build it.
+
+    What is loaded may do whatever the user may, so only a file that nobody else could have written counts. One that
+    cannot be loaded is replaced.
+    """
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     traits = [
         line for line in cpu.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))
     ]
-    what = "\n".join([_SOURCE.read_text(), compiler, *_FLAGS, *traits])
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    built = cache_home / "dsv3" / f"native-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # appears whole, whoever else builds it
-            partial = Path(folder) / built.name
-            subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)], check=True, capture_output=True
-            )
-            os.replace(partial, built)
-    return built
+    what = "\n".join([_SOURCE.read_text(), *compiler, *_FLAGS, *traits])
+    name = f"native-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    folder = _cache_folder()
+    if folder is not None and _only_ours(folder / name):
+        try:
+            return _open(folder / name)
+        except OSError:
+            pass  # cut off, or of another system
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / name
+        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        built.chmod(0o700)
+        if folder is not None:  # appears whole, whoever else builds it and whenever the power fails
+            with built.open("rb") as file:
+                os.fsync(file.fileno())
+            built = built.replace(folder / name)
+        return _open(built)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    types = {"v": View, "n": ctypes.c_int64, "x": ctypes.c_float}
+    native = ctypes.CDLL(str(path))
+    for name, kinds in _SIGNATURES.items():
+        function = getattr(native, name)
+        function.argtypes, function.restype = [types.get(kind, ctypes.c_void_p) for kind in kinds], None
+    return native
+
+
+def _cache_folder() -> Path | None:
+    """Where built kernels are kept, or None where there is no such place that is the user's alone."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # not writable; no home
+        return None
+    return folder if _only_ours(folder) and os.access(folder, os.W_OK) else None
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether it is there, belongs to this user, and others may not write to it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3.kernels.native import call, pointer, trains
 
@@ -30,6 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         return x * inverse.to(x.dtype) * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         x, weight, inverse = ctx.saved_tensors
@@ -47,16 +49,19 @@ class _NativeRMSNorm(torch.autograd.Function):
         dim = weight.shape[0]
         rows = x.reshape(-1, dim)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(rows))
+        out = torch.empty(x.shape, dtype=x.dtype)
+        inverse = torch.empty(len(rows), dtype=torch.float32)
         call("rms_norm_forward", pointer(rows), rows.stride(0), weight, out, inverse, len(rows), dim, eps)
         ctx.save_for_backward(rows, weight, inverse)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad = grads[0].contiguous()
         rows, weight, inverse = ctx.saved_tensors
-        grad_x, sums = torch.empty_like(grad), torch.empty(min(64, len(rows)), rows.shape[1])
+        grad_x = torch.empty_like(grad)
+        sums = torch.empty(min(64, len(rows)), rows.shape[1], dtype=torch.float32)
         sizes = (*rows.shape, len(sums))
         call("rms_norm_backward", grad, pointer(rows), rows.stride(0), weight, inverse, grad_x, sums, *sizes)
         return grad_x, sums.sum(0).to(weight.dtype), None
@@ -67,7 +72,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., dim], float32 or bfloat16; weight: [dim]. Returns the shape and dtype of x.
     """
-    if trains(x, weight):
+    if weight.shape == x.shape[-1:] and trains(x, weight):
         result: Tensor = _NativeRMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
