@@ -86,6 +86,28 @@ def test_a_missing_corpus_is_one_line(material: Path, capfd: pytest.CaptureFixtu
             "data: {corpora: {a: {sources: [{path: x, licence: y}], held_out: {}}}}",
             "one of titles, split, share",
         ),
+        (
+            "data: {corpora: {a: {sources: [{path: x, licence: y}], held_out: {split: t, characters: -1}}}}",
+            "characters is -1",
+        ),
+        (
+            "data: {corpora: {a: {sources: [{path: x, licence: y}]}}, minhash: {buckets: 0}}",
+            "buckets is 0: it must be 1 or more",
+        ),
+        (
+            "data: {corpora: {a: {sources: [{path: x, licence: y}]}}, decontamination: {n_grams: 0}}",
+            "n_grams is 0: it must be 1 or more",
+        ),
+        (
+            "data: {corpora: {a: {sources: [{path: x, licence: y}]}}, "
+            "decontamination: {evaluations: {q: {path: x, keys: []}}}}",
+            "keys is empty",
+        ),
+        (
+            "data: {corpora: {a: {sources: [{path: x, licence: y}]}}, "
+            "decontamination: {evaluations: {q/r: {path: x}}}}",
+            "an evaluation set is named 'q/r'",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_one_line(

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3.data.build import build, plan, stages
+from dsv3.data import finish
+from dsv3.data.build import _alone, _is_built, build, plan, stages
 from dsv3.data.executors import QuietLocalExecutor, make_executors
 from dsv3.data.manifest import Corpus, DataError, Manifest
 from dsv3.data.stream import heldout, open_stream
@@ -291,6 +292,99 @@ def test_what_is_built_is_left_alone_and_a_killed_build_goes_on(
     assert ran, "another text is built anew"
 
 
+def test_finish_may_be_run_again_and_killed(
+    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die, real = ["once"], finish._put
+
+    def dies(what: Path, where: Path) -> None:
+        real(what, where)
+        if die:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finish, "_put", dies)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        build(books_recipe(), books, out, workers=1)
+    die.clear()
+    assert (out / "tokens").exists() and not (out / "manifest.json").exists()
+    job = plan(books_recipe(), books, out)
+    for _ in range(2):
+        finish.finish(job)
+        kept = {k: v for k, v in files_of(out).items() if not k.startswith(".build")}
+        assert kept == files_of(books / "out")
+    build(books_recipe(), books, out, workers=1)
+    assert files_of(out) == files_of(books / "out"), "what was needed on the way is gone"
+
+
+def test_what_a_build_depends_on_is_noticed(
+    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = tmp_path / "vocabulary"
+    vocabulary.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(books / "out" / name, vocabulary)
+    path = write_jsonl(tmp_path / "c.jsonl", [{"text": text(i)} for i in range(9)])
+    data = recipe({"c": {"sources": [{"path": "c.jsonl"}]}}, tokenizer={"path": "vocabulary"})
+    run(data, tmp_path)
+
+    def noticed() -> bool:
+        job = plan(data, tmp_path, tmp_path / "out")
+        return not _is_built(job)
+
+    assert not noticed()
+    path.touch()
+    assert not noticed(), "the content counts"
+    work = plan(data, tmp_path, tmp_path / "out").work
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b"the", b"THE", 1))
+    assert noticed(), "an edit that leaves the size as it is"
+    path.write_bytes(written)
+    tokenizer = (vocabulary / "tokenizer.json").read_bytes()
+    (vocabulary / "tokenizer.json").write_bytes(tokenizer + b"\n")
+    assert noticed() and plan(data, tmp_path, tmp_path / "out").work != work
+    (vocabulary / "tokenizer.json").write_bytes(tokenizer)
+    assert not noticed()
+    monkeypatch.setattr("dsv3.data.build.makers", lambda: {"dsv3": "another"})
+    assert noticed()
+
+
+def test_one_build_at_a_time(books: Path, tmp_path: Path) -> None:
+    (tmp_path / ".build/other").mkdir(parents=True)
+    with _alone(tmp_path), pytest.raises(DataError, match="is being built by another process"):
+        build(books_recipe(), books, tmp_path, workers=1)
+    assert (tmp_path / ".build/other").exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"split": "tset"}, "matches no document"),
+        ({"titles": ["one", "two"]}, "has the title 'two'"),
+        ({"split": "tset", "characters": 0}, None),
+    ],
+)
+def test_a_rule_that_holds_nothing_out_is_said(
+    tmp_path: Path, rule: dict[str, Any], message: str | None
+) -> None:
+    write_jsonl(tmp_path / "one.jsonl", [{"text": text(i)} for i in range(3)])
+    write_jsonl(tmp_path / "rest.jsonl", [{"text": text(i)} for i in range(3, 9)])
+    sources = [{"path": "one.jsonl"}, {"path": "rest.jsonl"}]
+    data = recipe({"c": {"sources": sources, "held_out": rule}})
+    if message is None:
+        assert run(data, tmp_path).corpora["c"].documents == 9
+    else:
+        with pytest.raises(DataError, match=message):
+            run(data, tmp_path)
+
+
+def test_an_older_manifest_is_still_read(books: Path, tmp_path: Path) -> None:
+    values = json.loads((books / "out/manifest.json").read_text())
+    del values["versions"]["dsv3's own texts"]
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    assert Manifest.load(tmp_path).corpora == Manifest.load(books / "out").corpora
+
+
 # --- chats --------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +431,24 @@ def test_control_tokens_in_text_are_only_letters(tmp_path: Path) -> None:
     assert texts(tmp_path / "out", "c")[0] == written
     ids = np.fromfile(tmp_path / "out/tokens/t/00000.ds", "<u2").tolist()
     assert [t for t in ids if t < 5] == [0, 3, 4, 1]
+
+
+def test_personal_data_in_chats_is_replaced(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "I am jane@x.org."},
+        {"role": "assistant", "content": "And I am joe@x.org."},
+    ]
+    write_jsonl(tmp_path / "t.jsonl", [{"messages": messages}, *(chat(i) for i in range(9))])
+    sources = [{"path": "t.jsonl"}]
+    corpora = {
+        "t": {"kind": "chats", "sources": sources, "pii": True},
+        "c": {"sources": sources, "pii": True},
+    }
+    manifest = run(recipe(corpora, fim_rate=0), tmp_path)
+    for name in corpora:
+        first = texts(tmp_path / "out", name)[0]
+        assert "I am email@example.com." in first and "@x.org" not in first, first
+        assert steps(manifest.corpora[name])["pii"]["notes"] == {"documents changed": 1}
 
 
 # --- fill in the middle -------------------------------------------------------------------------------------
@@ -393,6 +505,16 @@ def test_a_corpus_that_is_not_there_is_named_with_where_to_get_it(tmp_path: Path
         ),
         ({"sources": [{"path": "c.jsonl"}], "filters": [{"c4": {"x": 1}}]}, {}, "options of the filter c4"),
         ({"sources": [{}]}, {}, "has neither path nor hub"),
+        (
+            {"kind": "chats", "sources": [{"path": "c.jsonl", "format": "books"}]},
+            {},
+            "the format 'books' gives text, and no chats",
+        ),
+        (
+            {"kind": "chats", "sources": [{"path": "c.jsonl"}], "filters": ["c4"]},
+            {},
+            "c4 edits text, and cannot edit chats",
+        ),
         (
             {"sources": [{"path": "c.jsonl"}]},
             {"decontamination": {"evaluations": {"quiz": {"path": "c.jsonl", "keys": ["q"]}}}},

@@ -19,10 +19,11 @@ from datatrove.io import get_datafolder
 
 from dsv3.data.build import build
 from dsv3.data.job import find
+from dsv3.data.manifest import DataError
 from dsv3.data.readers import READERS, books, make_reader, nano_chats
 from dsv3.data.readers.material import read_chatterbot
 from dsv3.recipe.data import Source
-from tests.data.made_up import PLACES, prose, recipe, text, write_bytes, write_jsonl
+from tests.data.made_up import PLACES, prose, recipe, text, write_bytes, write_jsonl, write_parquet
 
 FOX = (
     "Once upon a time there was a fox who lived under a hill. The fox was hungry, and he went to the "
@@ -204,6 +205,106 @@ def test_classics_hold_back_the_same_pieces_always(tmp_path: Path) -> None:
     test = [d.text for d in documents if d.metadata["split"] == "test"]
     assert 500 <= sum(map(len, test)) < 600 and "[1]" not in test[0]
     assert test == [d.text for d in read(path, "classics", test_characters=500)[0][: len(test)]]
+
+
+# --- files with something wrong -----------------------------------------------------------------------------
+
+BOOKING = {"split": "train", "messages": [{"role": "user", "content": "A table?"},
+                                          {"role": "assistant", "content": "Yours.\u2028At\u0085noon."}]}  # fmt: skip
+PIECE = {"source": "诗", "title": "其一", "text": "山高水长，" * 6}
+
+
+@pytest.mark.parametrize(
+    ("format", "good", "reasons"),
+    [
+        ("sgd", BOOKING, {"dropped_no chat": 3}),
+        ("classics", PIECE, {"dropped_no text": 3}),
+    ],
+)
+def test_a_bad_line_costs_a_line(
+    tmp_path: Path, format: str, good: dict[str, Any], reasons: dict[str, int]
+) -> None:
+    lines = [good, "{broken", "[7]", {}, {"text": None}, {"split": "test", "messages": [{"role": "user"}]}]
+    documents, counts = read(write_jsonl(tmp_path / "x.jsonl", lines), format)
+    assert len(documents) == 1
+    assert counts == {"dropped_not JSON": 1, "dropped_not an object": 1, **reasons}
+
+
+@pytest.mark.parametrize("format", ["books", "text"])
+def test_a_file_that_breaks_off_gives_what_it_has(tmp_path: Path, format: str) -> None:
+    written = "\n\n".join(["THE LONG ROAD", "CHAPTER I", *prose("road", 400)])
+    path = write_bytes(tmp_path / "x.txt.gz", written.encode())
+    path.write_bytes(path.read_bytes()[:-200])
+    documents, counts = read(path, format)
+    assert prose("road", 1)[0] in documents[0].text and counts["note_files that break off"] == 1
+
+
+@pytest.mark.parametrize("content", ["", " \t\r\n \n", "\ufeff\n<|endofbook|>\n\t"])
+def test_a_blank_file_has_no_book(tmp_path: Path, content: str) -> None:
+    path = write_bytes(tmp_path / "x.txt", content.encode())
+    assert read(path, "books", wrapped=True) == ([], {"dropped_no text": 1})
+    assert books.unwrap("") == ""
+
+
+def test_an_archive_that_breaks_off(tmp_path: Path) -> None:
+    path = write_fairytales(tmp_path / "x.tar.gz")
+    whole = path.read_bytes()
+    for broken in (b"no archive", whole[: len(whole) // 2], b""):
+        path.write_bytes(broken)
+        assert read(path, "fairytales")[1]["note_files that break off"] == 1
+        assert read(path, "questions")[1]["note_files that break off"] == 1
+
+
+def test_a_table_without_its_columns(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        for name in ("a-story", "a-questions"):
+            info = tarfile.TarInfo(f"{name}.csv")
+            info.size = 6
+            archive.addfile(info, io.BytesIO(b"a\n1\n2\n"))
+    assert read(tmp_path / "x.tar.gz", "fairytales") == ([], {"dropped_no text": 1})
+
+
+def test_a_damaged_page_of_parquet_costs_the_rest_of_its_file(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [{"text": text(i)} for i in range(300)])
+    content = bytearray(path.read_bytes())
+    content[60:2000] = b"\xff" * 1940
+    path.write_bytes(content)
+    _, counts = read(path, "parquet")
+    assert counts["note_files that break off"] == 1
+
+
+def test_what_is_no_chat_is_left_out_where_chats_are_wanted(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "x.txt", b"Hello")
+    reader = make_reader(Source("made up"), "x.txt", get_datafolder(str(tmp_path)), chats=True)
+    assert not list(reader.read_files_shard([path.name]))
+    assert dict(reader.counts()) == {"dropped_no chat": 1}
+    for name in ("text", "books", "fairytales", "classics"):
+        with pytest.raises(DataError, match=f"the format '{name}' gives text, and no chats"):
+            make_reader(Source("made up", format=name), "x.txt", get_datafolder(str(tmp_path)), chats=True)
+
+
+def test_a_pattern_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="options of the format 'books'"):
+        read(write_bytes(tmp_path / "x.txt", b""), "books", only="(")
+
+
+def test_what_does_not_fit_is_counted(tmp_path: Path) -> None:
+    _, counts = read(write_fairytales(tmp_path / "x.tar.gz"), "questions")
+    assert counts["dropped_unfit"] == 1
+    write_bytes(tmp_path / "x.yml", b"conversations:\n- - Good day\n  - Good day.\n  - Bye\n")
+    assert read(tmp_path / "x.yml", "chatterbot")[1] == {"note_last lines without an answer": 1}
+    _, counts = read(write_bytes(tmp_path / "b.txt", TALES.encode()), "tales")
+    assert counts["note_books that are not asked for"] == 1
+    dropped: Counter[str] = Counter()
+    list(
+        books.sections(
+            "\n\n".join(
+                ["CHAPTER I", *prose(1, 3), "CHAPTER II", prose(2, 1, 2)[0], "CHAPTER III", *prose(3, 3)]
+            ),
+            dropped,
+        )
+    )
+    assert dropped == {"sections of a few lines": 1}
 
 
 # --- chats that are made ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from hypothesis import strategies as st
 from dsv3.data.chats import ChatEncoder, Message, dialogue, render
 from dsv3.data.executors import QuietLocalExecutor
 from dsv3.data.manifest import DataError
-from dsv3.data.steps import Encoder, HeldOut, Pii, cut, fill_in_the_middle, generator, hardness, make_filter
+from dsv3.data.steps import (
+    Cut,
+    Encoder,
+    HeldOut,
+    Pii,
+    cut,
+    fill_in_the_middle,
+    generator,
+    hardness,
+    make_filter,
+)
 from dsv3.recipe.data import Filter, HoldOut
 from dsv3.text import Tokenizer
 from dsv3.text.bpe import ASSISTANT, BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, save_tokenizer, train_tokenizer
@@ -150,11 +161,32 @@ def test_c4_as_the_recipe_of_nano_has_it_leaves_books_as_they_are() -> None:
 
 def test_personal_data_is_replaced() -> None:
     step = Pii()
-    assert step.format("Write to jane.doe+x@mail.example.org now") == "Write to email@example.com now"
-    assert step.format("ping 8.8.4.4 and 192.168.0.1") == "ping 22.214.171.124 and 192.168.0.1"
-    assert step.format("jane@x.org") == "email@example.com", "each document starts with the first replacement"
-    assert step.format("nothing here") == "nothing here"
+    replaced = {
+        "Write to jane.doe+x@mail.example.org now": "Write to email@example.com now",
+        "ping 8.8.4.4 and 192.168.0.1": "ping 22.214.171.124 and 192.168.0.1",
+        "jane@x.org": "email@example.com",  # each document starts with the first replacement
+        "nothing here": "nothing here",
+    }
+    documents = [Document(written, str(i)) for i, written in enumerate(replaced)]
+    assert [d.text for d in step.run(documents)] == list(replaced.values())
     assert step.stats.stats["note_documents changed"].total == 3
+
+
+def test_filters_that_edit_text_refuse_chats() -> None:
+    chat = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(DataError, match="c4 edits text"):
+        make_filter(Filter("c4")).filter(Document("Hello", "0", metadata={"messages": chat}))
+    with pytest.raises(DataError, match="c4 edits text"):
+        make_filter(Filter("c4"), chats=True)
+    assert make_filter(Filter("gopher"), chats=True)
+
+
+def test_pieces_of_a_text_are_held_out_together(tmp_path: Path) -> None:
+    texts = [Document(text(i, 40), str(i)) for i in range(20)]
+    kept = list(HeldOut(HoldOut(share=0.5), str(tmp_path)).run(Cut(1000).run(texts)))
+    pieces = Counter(d.id.split("#")[0] for d in kept)
+    whole = Counter(d.id.split("#")[0] for d in Cut(1000).run(texts))
+    assert 0 < len(pieces) < 20 and all(pieces[name] == whole[name] > 5 for name in pieces)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`dsv3 data build`: from a recipe's corpora to token shards, as a chain of datatrove pipelines.
 
     read         files to documents; what is held out, filters, personal data     a task for a group of files
+    held-out     whether each rule has found something to hold out
     simplest     which documents of a corpus are easiest, by another one's words
     exact        hashes of documents, then the duplicates among them
     minhash      signatures, buckets, clusters of near-duplicates
@@ -18,6 +19,7 @@ n of `tokens` turns into shard n. So the result is the same bytes for any number
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -47,12 +49,12 @@ from datatrove.utils.text import ngrams, simplify_text
 
 from dsv3.data.executors import Place, Stage, make_executors
 from dsv3.data.finish import finish
-from dsv3.data.job import File, Job, plan, recipe_hash
+from dsv3.data.job import TOKENIZER_FILE, File, Job, hash_of, makers, plan, recipe_hash, sha256
 from dsv3.data.manifest import DataError, Manifest
 from dsv3.data.readers import make_reader, reader_of
 from dsv3.data.readers.books import words_of
 from dsv3.data.steps import WORDS, Chosen, Cut, HeldOut, Passed, Pii, Shards, hardness, make_filter
-from dsv3.data.tasks import ByCorpus, Make, Once, Sourced, Steps, Stored, held_out, store, stored
+from dsv3.data.tasks import ByCorpus, Make, Once, Sourced, Steps, Stored, held_out, matched, store, stored
 from dsv3.recipe.data import DataRecipe, Evaluation, Source
 from dsv3.text.bpe import save_tokenizer, train_tokenizer
 
@@ -69,6 +71,21 @@ def read_steps(job: Job, task: int) -> Steps:
     if corpus.pii:
         steps.append(("pii", Pii()))
     return [*steps, ("kept", Passed()), ("kept", store(job.work / "read"))]
+
+
+def check_held_out(job: Job) -> None:
+    """Raises DataError for a rule that holds nothing out: it is misspelt, or meant for another corpus."""
+    for name, corpus in job.recipe.corpora.items():
+        if (rule := corpus.held_out) is None:
+            continue
+        sources = {str(document.metadata.get("source", "")).lower() for document in matched(job, name)}
+        missed = [t for t in rule.titles if not any(source.startswith(t.lower()) for source in sources)]
+        if missed:
+            raise DataError(f"held_out of the corpus {name!r} has the title {missed[0]!r}: nothing begins so")
+        if not sources and rule.characters != 0:
+            raise DataError(
+                f"held_out of the corpus {name!r} matches no document: correct it, or set its characters to 0"
+            )
 
 
 def choose_simplest(job: Job) -> None:
@@ -275,6 +292,8 @@ def stages(job: Job) -> list[Stage]:
         return Stage(name, (Once(name, job, function),), 1)
 
     chain = [by_corpus("read", read_steps)]
+    if any(corpus.held_out is not None for corpus in recipe.corpora.values()):
+        chain.append(once("held-out", check_held_out))
     if any(corpus.simplest is not None for corpus in recipe.corpora.values()):
         chain.append(once("simplest", choose_simplest))
     if "exact" in wants:
@@ -342,33 +361,55 @@ def build(
     """
     out = out.expanduser().absolute()
     job = plan(recipe, material, out)
-    if (done := _already(job)) is not None:
-        return done
-    job.work.mkdir(parents=True, exist_ok=True)
-    chain = stages(job)
-    options = {"local": {}, "slurm": recipe.slurm, "ray": recipe.ray}[executor]
-    count = workers or (_processors() if executor == "local" else -1)
-    runs = make_executors(chain, job.work / "logs", executor, count, options)
-    if executor != "local":
-        runs[-1].run()  # launches what it depends on first
-        return None
-    for stage, run in zip(chain, runs, strict=True):
-        with _watched(job.work / "logs" / stage.name / "completions", stage, progress or _nobody):
-            run.run()
-    shutil.rmtree(out / ".build")
-    return Manifest.load(out)
+    with _alone(out):
+        if not _is_built(job):
+            job.work.mkdir(parents=True, exist_ok=True)
+            chain = stages(job)
+            options = {"local": {}, "slurm": recipe.slurm, "ray": recipe.ray}[executor]
+            count = workers or (_processors() if executor == "local" else -1)
+            runs = make_executors(chain, job.work / "logs", executor, count, options)
+            if executor != "local":
+                runs[-1].run()  # launches what it depends on first
+                return None
+            for stage, run in zip(chain, runs, strict=True):
+                with _watched(job.work / "logs" / stage.name / "completions", stage, progress or _nobody):
+                    run.run()
+        if executor == "local":
+            shutil.rmtree(job.work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not there, or another build's work is in it
+                job.work.parent.rmdir()
+        return Manifest.load(out)
 
 
-def _already(job: Job) -> Manifest | None:
-    """The manifest of the same recipe and files, if `out` has one."""
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Nobody else builds in the folder meanwhile; raises DataError where somebody does."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{out} is being built by another process: wait for it, or name another --out"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def _is_built(job: Job) -> bool:
+    """Whether `out` holds what this build would write: of the files that are read, the content counts."""
     try:
         manifest = Manifest.load(job.out)
     except DataError:
-        return None
-    if manifest.recipe.get("sha256") != recipe_hash(job.recipe):
-        return None
-    here = sorted((file.path, file.bytes) for file in job.files)
-    return manifest if manifest.inputs == here else None
+        return False
+    made = [manifest.recipe.get("sha256"), *(manifest.versions.get(name) for name in makers())]
+    if made != [recipe_hash(job.recipe), *makers().values()]:
+        return False
+    if job.tokenizer is not None and manifest.tokenizer_sha256 != sha256(job.tokenizer / TOKENIZER_FILE):
+        return False
+    return manifest.inputs == sorted((file.path, hash_of(file)) for file in job.files)
 
 
 def _processors() -> int:

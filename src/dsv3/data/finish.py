@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from dsv3.data.job import Job, hash_of, plain, recipe_hash, sha256
+from dsv3.data.job import TOKENIZER_FILE, Job, hash_of, makers, plain, recipe_hash, sha256
 from dsv3.data.manifest import MANIFEST, Corpus, HeldOutFile, Manifest, Shard
 from dsv3.data.steps import Encoder
 from dsv3.data.tasks import held_out
 from dsv3.text import Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json")
 
 
 def finish(job: Job) -> None:
     """Held-out sets, hashes and the manifest; then everything takes its place.
 
-    Interrupted while things are moved, it moves the rest the next time: the manifest goes last.
+    Interrupted while things are moved, it moves the rest the next time: the manifest goes last, as a copy, so that
+    the counts are made only once, while everything is in its place.
     """
     written = job.work / MANIFEST
     if not written.exists():
@@ -32,13 +33,11 @@ def finish(job: Job) -> None:
     (job.out / MANIFEST).unlink(missing_ok=True)
     for name in TOKENIZER_FILES:
         if (job.vocabulary / name).exists():
-            partial = job.work / name
-            shutil.copyfile(job.vocabulary / name, partial)
-            os.replace(partial, job.out / name)
+            _copy(job.vocabulary / name, job.out / name, job.work / "partial")
     for name in ("tokens", "heldout"):
         if (job.work / name).exists():
             _put(job.work / name, job.out / name)
-    os.replace(written, job.out / MANIFEST)
+    _copy(written, job.out / MANIFEST, job.work / "partial")
 
 
 def _describe(job: Job) -> Manifest:
@@ -49,10 +48,11 @@ def _describe(job: Job) -> Manifest:
         recipe={"sha256": recipe_hash(job.recipe), "data": plain(job.recipe)},
         versions={
             "python": platform.python_version(),
-            **{name: version(name) for name in ("dsv3", "datatrove", "tokenizers", "numpy")},
+            **makers(),
+            **{name: version(name) for name in ("datatrove", "tokenizers", "numpy")},
         },
         vocab_size=tokenizer.vocab_size,
-        tokenizer_sha256=sha256(job.vocabulary / "tokenizer.json"),
+        tokenizer_sha256=sha256(job.vocabulary / TOKENIZER_FILE),
         dtype="uint16" if size == 2 else "uint32",
         max_epochs=job.recipe.max_epochs,
         corpora={name: _corpus(job, name, size) for name in job.recipe.corpora},
@@ -62,6 +62,12 @@ def _describe(job: Job) -> Manifest:
             for name, found in job.evaluations.items()
         },
     )
+
+
+def _copy(what: Path, where: Path, partial: Path) -> None:
+    """Copy a file to its place, where it is whole or not at all."""
+    shutil.copyfile(what, partial)
+    os.replace(partial, where)
 
 
 def _put(what: Path, where: Path) -> None:

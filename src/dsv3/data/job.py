@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ HUB = "hf://datasets/"
 PUBLIC_SOURCES = "docs/data.md lists where corpora can be had"
 LEAST_BYTES = 1_000_000
 """Smaller files are read together."""
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def plan(recipe: DataRecipe, material: Path | None, out: Path) -> Job:
         for (i, _), file in kinds.items():  # a wrong name of a format or filter should not wait for its turn
             make_reader(corpus.sources[i], file.path, get_datafolder(file.folder), corpus.kind == "chats")
         for asked in corpus.filters:
-            make_filter(asked)
+            make_filter(asked, corpus.kind == "chats")
         groups = _grouped(found, corpus.max_tasks)
         tasks += [Task(name, n, tuple(group)) for n, group in enumerate(groups)]
     evaluations = {
@@ -141,8 +143,16 @@ def plan(recipe: DataRecipe, material: Path | None, out: Path) -> Job:
         Tokenizer.from_pretrained(tokenizer)
     job = Job(recipe, out, out / ".build", tuple(tasks), evaluations, tokenizer)
     stamps = [(file.folder, file.path, file.bytes, _changed(file)) for file in job.files]
-    key = json.dumps([plain(recipe), stamps, str(tokenizer)], sort_keys=True)
-    return dataclasses.replace(job, work=job.work / hashlib.sha256(key.encode()).hexdigest()[:16])
+    parts = [plain(recipe), stamps, tokenizer and sha256(tokenizer / TOKENIZER_FILE), makers()]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return dataclasses.replace(job, work=job.work / key)
+
+
+def makers() -> dict[str, str]:
+    """What of dsv3 a build depends on: its version, and the hash of the texts of its own."""
+    texts = sorted(path for path in Path(str(files("dsv3.data"))).glob("nano_*.json*"))
+    own = hashlib.sha256("".join(map(sha256, texts)).encode()).hexdigest()
+    return {"dsv3": version("dsv3"), "dsv3's own texts": own}
 
 
 def _grouped(found: Sequence[tuple[int, File]], most: int) -> Iterator[list[tuple[int, File]]]:
@@ -160,9 +170,9 @@ def _grouped(found: Sequence[tuple[int, File]], most: int) -> Iterator[list[tupl
         yield group
 
 
-def _changed(file: File) -> int:
-    """When a file was last written, in nanoseconds; 0 where its file system is not ours."""
-    return 0 if "://" in file.folder else (Path(file.folder) / file.path).stat().st_mtime_ns
+def _changed(file: File) -> int | str:
+    """When a file was last written, in nanoseconds; where it lies elsewhere, what its file system says of it."""
+    return hash_of(file) if "://" in file.folder else (Path(file.folder) / file.path).stat().st_mtime_ns
 
 
 def plain(recipe: DataRecipe) -> dict[str, Any]:

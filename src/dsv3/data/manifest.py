@@ -94,11 +94,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
-    def inputs(self) -> list[tuple[str, int]]:
-        """Every file that was read, with its size."""
+    def inputs(self) -> list[tuple[str, str]]:
+        """Every file that was read, with its SHA-256."""
         read = [source["files"] for corpus in self.corpora.values() for source in corpus.sources]
         found = [*read, *self.evaluations.values()]
-        return sorted((name, facts["bytes"]) for files in found for name, facts in files.items())
+        return sorted((name, facts["sha256"]) for files in found for name, facts in files.items())
 
     def save(self, folder: Path) -> None:
         """Write manifest.json, last of all and through a temporary name: where it is, the data is whole."""

@@ -28,7 +28,7 @@ from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-from dsv3.data.chats import ChatEncoder, Message
+from dsv3.data.chats import ChatEncoder, Message, render
 from dsv3.data.manifest import DataError
 from dsv3.data.readers.books import words_of
 from dsv3.recipe.data import Filter, HoldOut
@@ -83,8 +83,9 @@ class Cut(Step):
             yield document
             return
         self.stat_update("note_documents cut")
+        metadata = {**document.metadata, "drawn": drawn(document.text)}  # all pieces go the same way
         for i, text in enumerate(cut(document.text, self.longest)):
-            yield Document(text, f"{document.id}#{i}", metadata=dict(document.metadata))
+            yield Document(text, f"{document.id}#{i}", metadata=dict(metadata))
 
 
 def cut(text: str, longest: int) -> Iterator[str]:
@@ -96,6 +97,12 @@ def cut(text: str, longest: int) -> Iterator[str]:
         yield text[at:end]
         at = end
     yield text[at:]
+
+
+def drawn(text: str) -> int:
+    """A number of 64 bits that a text draws for itself."""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 # --- filters ------------------------------------------------------------------------------------------------
@@ -153,6 +160,18 @@ def _fasttext(path: str | None) -> Any:
     return fasttext.load_model(str(file))
 
 
+class C4(C4QualityFilter):  # type: ignore[misc]
+    """datatrove's filter, which also edits: it refuses chats, whose messages it cannot edit."""
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if "messages" in doc.metadata:
+            raise DataError(
+                "the filter c4 edits text, and cannot edit chats: take it from corpora with chats"
+            )
+        verdict: bool | tuple[bool, str] = super().filter(doc)
+        return verdict
+
+
 def _with_words(kind: type[BaseFilter]) -> Callable[..., BaseFilter]:
     """A filter that counts words by spaces, or by datatrove's tokenizer of a language (`words: en`, with spaCy)."""
 
@@ -166,16 +185,18 @@ FILTERS: dict[str, Callable[..., BaseFilter]] = {
     "language": Language,
     "gopher": _with_words(GopherQualityFilter),
     "gopher-repetition": _with_words(GopherRepetitionFilter),
-    "c4": _with_words(C4QualityFilter),
+    "c4": _with_words(C4),
     "c4-paragraphs": C4ParagraphFilter,
     "fineweb": _with_words(FineWebQualityFilter),
 }
 
 
-def make_filter(asked: Filter) -> BaseFilter:
-    """A filter of the recipe; raises DataError for a name or an option that there is not."""
+def make_filter(asked: Filter, chats: bool = False) -> BaseFilter:
+    """A filter of the recipe; raises DataError for a name or an option that there is not, or not for chats."""
     if asked.name not in FILTERS:
         raise DataError(f"filters has {asked.name!r}: there are {', '.join(FILTERS)}")
+    if chats and asked.name == "c4":
+        raise DataError("the filter c4 edits text, and cannot edit chats: leave it out of `kind: chats`")
     try:
         return FILTERS[asked.name](**asked.options)
     except TypeError as problem:
@@ -203,8 +224,8 @@ class HeldOut(BaseFilter):  # type: ignore[misc]
             )
         if self.rule.split is not None:
             return bool(doc.metadata.get("split") == self.rule.split)
-        digest = hashlib.blake2b(doc.text.encode("utf-8", "replace"), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.rule.share * 2**64
+        number: int = doc.metadata["drawn"] if "drawn" in doc.metadata else drawn(doc.text)
+        return number < self.rule.share * 2**64
 
 
 class Pii(PIIFormatter):  # type: ignore[misc]
@@ -212,13 +233,20 @@ class Pii(PIIFormatter):  # type: ignore[misc]
 
     name = "pii"
 
-    def format(self, text: str) -> str:
-        # One instance replaces by turns; each document starts with the first replacement.
-        self.emails_replacer._replace_i = self.ip_replacer._replace_i = 0
-        changed: str = super().format(text)
-        if changed != text:
-            self.stat_update("note_documents changed")
-        return changed
+    def run(self, data: Documents | None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for document in data or ():
+            # One instance replaces by turns; each document starts with the first replacement.
+            self.emails_replacer._replace_i = self.ip_replacer._replace_i = 0
+            messages, before = document.metadata.get("messages"), document.text
+            if messages is None:
+                document.text = self.format(before)
+            else:
+                for message in messages:
+                    message["content"] = self.format(message["content"])
+                document.text = render(Message(m["role"], m["content"]) for m in messages)
+            if document.text != before:
+                self.stat_update("note_documents changed")
+            yield document
 
 
 # --- simplest -----------------------------------------------------------------------------------------------
@@ -331,6 +359,7 @@ class Shards(Step):
                 mask = []
             shard.write_bytes(np.array(ids, f"<u{size}").tobytes())
             if self.chats:
+                assert len(mask) == len(ids), f"document {number} is no chat"
                 shard.write_loss_bytes(np.array(mask, np.uint8).tobytes())
             self.stat_update("tokens", value=len(ids))
             yield document

@@ -9,7 +9,7 @@ So the n-th document of an epoch of 10 billion is found at once, in no memory, o
 **A mixture is error diffusion.** The next document is of the corpus furthest behind its share of the tokens read
 so far (`Mixture`), as Bresenham's line takes its next step. After any number of tokens every corpus is within
 about a document of its weight, and nothing is drawn at random. A corpus that has been read `max_epochs` times
-is left out, and the others fill its place.
+is left out, and the others fill its place. A chat counts with its whole length, also where it is cut to fit a row.
 
 **So a place in the stream is a few numbers**: documents and tokens read by corpus, and how far into the current
 document. `state()` gives them, `load_state()` goes on from there to the token. They do not depend on how many
@@ -439,7 +439,7 @@ def open_stream(folder: Path, mixture: Mapping[str, float], seed: int, seq: int)
     if len(kinds) > 1:
         raise DataError(
             f"the mixture has text ({kinds['text']}) and chats ({kinds['chats']}): one stream reads one kind; "
-            "a corpus of chats with `as: text` in the recipe is text"
+            "without `kind: chats` in the recipe, a corpus of chats is text"
         )
     stream = ChatStream if "chats" in kinds else TokenStream
     return stream(folder, mixture, seed, seq)
@@ -450,7 +450,8 @@ def open_stream(folder: Path, mixture: Mapping[str, float], seed: int, seq: int)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text that no training document shares, for bits per byte.
+    """Text that is kept out of training, for bits per byte. With `decontaminate: false` in the recipe, training
+    documents may share word runs with it.
 
     These are the negative log-likelihood in nats, summed over the targets that are not special tokens, over
     ln 2, over `bytes`.

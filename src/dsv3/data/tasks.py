@@ -80,9 +80,8 @@ class Sourced(PipelineStep):  # type: ignore[misc]
             folder = get_datafolder(file.folder)
             reader = make_reader(corpus.sources[source], file.path, folder, corpus.kind == "chats")
             yield from reader.read_files_shard([file.path])
-            for label, metric in reader.stats.stats.items():
-                if label.startswith(("dropped_", "note_")):
-                    self.stat_update(label, value=metric.total)
+            for label, count in reader.counts():
+                self.stat_update(label, value=count)
             hashes.append({"source": source, "file": file.path, "bytes": file.bytes, "sha256": hash_of(file)})
         path = self.job.work / "hashes" / f"{rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,13 +118,17 @@ def held_out(job: Job, corpus: str) -> list[Document]:
     limit = None if rule is None else rule.characters
     kept: list[Document] = []
     total = 0
+    for document in matched(job, corpus):
+        if limit is not None and total >= limit:
+            break
+        kept.append(document)
+        total += len(document.text)
+    return kept
+
+
+def matched(job: Job, corpus: str) -> Iterator[Document]:
+    """All that a corpus' rule takes out of training."""
     folder = job.work / "held"
     for task in job.tasks_of(corpus):
-        if not (folder / f"{task:05d}.jsonl").exists():
-            continue
-        for document in JsonlReader(str(folder), compression=None).read_file(f"{task:05d}.jsonl"):
-            if limit is not None and total >= limit:
-                return kept
-            kept.append(document)
-            total += len(document.text)
-    return kept
+        if (folder / f"{task:05d}.jsonl").exists():
+            yield from JsonlReader(str(folder), compression=None).read_file(f"{task:05d}.jsonl")

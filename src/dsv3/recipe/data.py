@@ -16,6 +16,18 @@ from typing import Any, Literal
 from dsv3.recipe.fields import RecipeError, build, read_yaml
 
 
+def _check_name(what: str, name: str) -> None:
+    """Names become names of files."""
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise RecipeError(f"{what} is named {name!r}: use letters, digits, - and _")
+
+
+def _at_least_one(recipe: object, *keys: str) -> None:
+    for key in keys:
+        if (value := getattr(recipe, key)) < 1:
+            raise RecipeError(f"{key} is {value}: it must be 1 or more")
+
+
 @dataclass(frozen=True)
 class Source:
     """Files of one origin."""
@@ -79,6 +91,8 @@ class HoldOut:
     def __post_init__(self) -> None:
         if bool(self.titles) + (self.split is not None) + (self.share > 0) != 1 or not 0 <= self.share < 1:
             raise RecipeError("held_out must have one of titles, split, share (above 0, below 1)")
+        if self.characters is not None and self.characters < 0:
+            raise RecipeError(f"characters is {self.characters}: it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -143,6 +157,9 @@ class MinhashRecipe:
     buckets: int = 14
     hashes_per_bucket: int = 8
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "n_grams", "buckets", "hashes_per_bucket")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -154,6 +171,10 @@ class Evaluation:
     hub: str | None = None
     files: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise RecipeError("keys is empty: name the fields that count")
+
 
 @dataclass(frozen=True)
 class Decontamination:
@@ -161,6 +182,11 @@ class Decontamination:
 
     n_grams: int = 12
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "n_grams")
+        for name in self.evaluations:
+            _check_name("an evaluation set", name)
 
 
 @dataclass(frozen=True)
@@ -189,8 +215,7 @@ class DataRecipe:
         if not self.corpora:
             raise RecipeError("corpora is empty: name at least one")
         for name, corpus in self.corpora.items():
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise RecipeError(f"a corpus is named {name!r}: use letters, digits, - and _")
+            _check_name("a corpus", name)
             if corpus.simplest is not None and corpus.simplest.like not in self.corpora:
                 raise RecipeError(
                     f"corpora.{name}.simplest.like is {corpus.simplest.like!r}: there is no such corpus"

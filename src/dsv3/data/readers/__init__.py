@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from datatrove.io import DataFolder
 
 from dsv3.data.manifest import DataError
@@ -40,9 +42,11 @@ def make_reader(source: Source, path: str, folder: DataFolder, chats: bool) -> R
         raise DataError(
             f"{path} ends neither in .txt, .jsonl nor .parquet: name the source's format in the recipe"
         )
+    if chats and kind.only_text and source.format != "auto":
+        raise DataError(f"the format {kind.name!r} gives text, and no chats: leave out `kind: chats`")
     try:
         return kind(
             folder, text_key=source.text_key, messages_key=source.messages_key, chats=chats, **source.options
         )
-    except TypeError as problem:
+    except (TypeError, re.error) as problem:
         raise DataError(f"the options of the format {kind.name!r} are {source.options}: {problem}") from None

@@ -18,7 +18,7 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.io import DataFolder
 
-from dsv3.data.readers.files import Reader, read_text
+from dsv3.data.readers.files import Reader
 
 DOC_CHARS = 3500  # a document is closed once it is this long: about a thousand tokens
 
@@ -40,6 +40,7 @@ class Books(Reader):
     """Files of books, one after the other with `separator` between them; paragraphs are parted by blank lines."""
 
     name = "books"
+    only_text = True
 
     def __init__(
         self,
@@ -59,8 +60,12 @@ class Books(Reader):
         self.leave_out = tuple(" ".join(name.split()).upper() for name in leave_out)
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        for name, raw in books(read_text(self.data_folder, filepath), self.separator):
+        found = books(self.text_of(filepath), self.separator)
+        if not found:
+            self.drop("no text")
+        for name, raw in found:
             if self.only is not None and not self.only.search(name):
+                self.note("books that are not asked for")
                 continue
             body: str | None = raw
             if self.wrapped and (body := unwrap(raw)) is not None:
@@ -232,7 +237,7 @@ def sections(raw: str, dropped: Counter[str]) -> Iterator[tuple[str, list[str]]]
             if body and not front and sum(map(len, body)) > 300:
                 yield title, body
             elif body:
-                dropped["front matter"] += len(body)
+                dropped["front matter" if front else "sections of a few lines"] += len(body)
             title = title_of(p) or ("" if body else title)
             front = bool(_FRONT.match(p)) or (front and not any(map(is_prose, paragraphs[i + 1 : i + 4])))
             body = []
@@ -268,14 +273,14 @@ def book_name(raw: str) -> str:
 
 
 def books(raw: str, separator: str) -> list[tuple[str, str]]:
-    return [(book_name(b), b) for b in raw.split(separator) if b.strip("\ufeff \n")]
+    return [(book_name(b), b) for b in raw.split(separator) if b.strip().strip("\ufeff").strip()]
 
 
 def unwrap(raw: str) -> str | None:
     """Novels come wrapped or with a line per paragraph; None where the ends of paragraphs cannot be told."""
     lines = raw.split("\n")
     filled = sorted(len(line) for line in lines if line.strip())
-    if filled[int(0.9 * len(filled))] > 120:  # a line is a paragraph
+    if filled and filled[int(0.9 * len(filled))] > 120:  # a line is a paragraph
         return "\n\n".join(line for line in lines if line.strip())
     blank = sum(not line.strip() for line in lines)
     return raw if blank > 0.08 * len(lines) else None

@@ -28,18 +28,13 @@ BLOCK = 1 << 14  # bytes that are lost at most where a compressed file breaks of
 COMPRESSIONS = ("", ".gz", ".zst")
 
 
-def read_text(folder: DataFolder, path: str) -> str:
-    """A whole file as text; raises OSError where it cannot be read."""
-    with folder.open(path, "rb", compression="infer") as file:
-        content: bytes = file.read()
-    return content.decode("utf-8-sig", "replace")
-
-
 class Reader(BaseDiskReader):  # type: ignore[misc]
     """What all readers here share: counts of what they leave out, and documents from records."""
 
     package_file: str | None = None
     """The file of `dsv3.data` that is read where a source names none."""
+    only_text = False
+    """Whether it never gives chats."""
 
     @classmethod
     def wants(cls, path: str, options: Mapping[str, Any]) -> bool:
@@ -57,6 +52,51 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
         super().__init__(data_folder, text_key=text_key)
         self.messages_key, self.chats = messages_key, chats
 
+    def read_files_shard(self, shard: list[str]) -> Iterator[Document]:
+        """The documents of files; what is no chat is left out where chats are wanted."""
+        for document in super().read_files_shard(shard):
+            if self.chats and "messages" not in document.metadata:
+                self.drop("no chat")
+            else:
+                yield document
+
+    def text_of(self, path: str) -> str:
+        """A whole file as text: all that it has, where it breaks off; raises OSError where it cannot be read."""
+        blocks = []
+        try:
+            with self.data_folder.open(path, "rb", compression="infer") as file:
+                while block := file.read(BLOCK):
+                    blocks.append(block)
+        except BROKEN_OFF:
+            self.note("files that break off")
+        return self.whole(b"".join(blocks).decode("utf-8-sig", "replace"))
+
+    def records(self, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The objects of JSON lines, with their numbers."""
+        try:
+            with self.data_folder.open(path, "rb", compression="infer") as file:
+                lines = io.BufferedReader(file, BLOCK) if path.endswith(".zst") else file
+                for number, line in enumerate(lines):
+                    if not line.strip():
+                        continue
+                    try:
+                        record = orjson.loads(line.decode("utf-8-sig", "replace"))
+                    except orjson.JSONDecodeError:
+                        self.drop("not JSON")
+                        continue
+                    if isinstance(record, dict):
+                        yield number, record
+                    else:
+                        self.drop("not an object")
+        except BROKEN_OFF:
+            self.note("files that break off")
+
+    def counts(self) -> Iterator[tuple[str, int]]:
+        """What was left out or noted so far, under its label in the statistics."""
+        for label, metric in self.stats.stats.items():
+            if label.startswith(("dropped_", "note_")):
+                yield label, metric.total
+
     def note(self, what: str, count: int = 1) -> None:
         """Count something that is no document."""
         self.stat_update(f"note_{what}", value=count, unit="task")
@@ -64,12 +104,9 @@ class Reader(BaseDiskReader):  # type: ignore[misc]
     def drop(self, reason: str) -> None:
         self.stat_update(f"dropped_{reason}")
 
-    def document(self, record: Any, path: str, number: int) -> Document | None:
+    def document(self, record: dict[str, Any], path: str, number: int) -> Document | None:
         """The document of a record, or None with its reason counted."""
-        if not isinstance(record, dict):
-            self.drop("not an object")
-            return None
-        chat, text = _chat(record.get(self.messages_key)), record.get(self.text_key)
+        chat, text = chat_of(record.get(self.messages_key)), record.get(self.text_key)
         metadata: dict[str, Any] = {"source": path}
         if isinstance(record.get("split"), str):
             metadata["split"] = record["split"]
@@ -95,7 +132,7 @@ def chat_document(chat: Chat, name: str, metadata: dict[str, Any]) -> Document:
     return Document(render(chat), name, metadata={**metadata, "messages": messages})
 
 
-def _chat(messages: Any) -> Chat | None:
+def chat_of(messages: Any) -> Chat | None:
     """A chat from a list of {role, content} that has an answer; None for anything else."""
     if not isinstance(messages, list) or not messages:
         return None
@@ -114,18 +151,12 @@ class TextReader(Reader):
     """Plain text: a document for each file."""
 
     name = "text"
+    only_text = True
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        blocks = []
-        try:
-            with self.data_folder.open(filepath, "rb", compression="infer") as file:
-                while block := file.read(BLOCK):
-                    blocks.append(block)
-        except BROKEN_OFF:
-            self.note("files that break off")
-        text = b"".join(blocks).decode("utf-8-sig", "replace")
+        text = self.text_of(filepath)
         if text.strip():
-            yield Document(self.whole(text), filepath, metadata={"source": filepath})
+            yield Document(text, filepath, metadata={"source": filepath})
         else:
             self.drop("no text")
 
@@ -136,21 +167,9 @@ class JsonlReader(Reader):
     name = "jsonl"
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        try:
-            with self.data_folder.open(filepath, "rb", compression="infer") as file:
-                lines = io.BufferedReader(file, BLOCK) if filepath.endswith(".zst") else file
-                for number, line in enumerate(lines):
-                    if not line.strip():
-                        continue
-                    try:
-                        record = orjson.loads(line.decode("utf-8-sig", "replace"))
-                    except orjson.JSONDecodeError:
-                        self.drop("not JSON")
-                        continue
-                    if document := self.document(record, filepath, number):
-                        yield document
-        except BROKEN_OFF:
-            self.note("files that break off")
+        for number, record in self.records(filepath):
+            if document := self.document(record, filepath, number):
+                yield document
 
 
 class ParquetRows(Reader):
@@ -166,5 +185,7 @@ class ParquetRows(Reader):
 
         try:
             yield from inner.read_file(filepath)
-        except (pyarrow.ArrowInvalid, UnicodeDecodeError):
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as problem:
+            if isinstance(problem, OSError) and problem.errno is not None:  # the disk's or the network's
+                raise
             self.note("files that break off")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import random
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from datatrove.io import DataFolder
 
 from dsv3.data.chats import Chat, Message, dialogue, render
 from dsv3.data.readers.books import chunks, clean
-from dsv3.data.readers.files import Reader, chat_document, read_text
+from dsv3.data.readers.files import BROKEN_OFF, Reader, chat_document, chat_of
 
 # --- FairytaleQA --------------------------------------------------------------------------------------------
 
@@ -31,24 +31,42 @@ class Fairytale:
     questions: tuple[tuple[str, str, int], ...]
 
 
-def read_fairytales(folder: DataFolder, path: str) -> list[Fairytale]:
-    """The tales of a .tar.gz of `section-stories` and `questions`, in the order of their names."""
-    rows: dict[str, list[dict[str, str]]] = {}
-    with folder.open(path, "rb") as file, tarfile.open(fileobj=file) as archive:
-        for member in archive:
-            data = archive.extractfile(member)
-            if member.name.endswith(".csv") and data is not None:
-                text = data.read().decode("utf-8-sig", "replace")
-                stem = member.name.rsplit("/", 1)[-1].removesuffix(".csv")
-                rows[stem] = list(csv.DictReader(io.StringIO(text)))
+def read_fairytales(reader: Reader, path: str) -> list[Fairytale]:
+    """The tales of a .tar.gz of `section-stories` and `questions`, in the order of their names.
+
+    The reader counts what is lost where the archive or a table in it is broken.
+    """
+    rows: dict[str, list[defaultdict[str, str]]] = {}
+    try:
+        with reader.data_folder.open(path, "rb") as file, tarfile.open(fileobj=file) as archive:
+            for member in archive:
+                data = archive.extractfile(member)
+                if member.name.endswith(".csv") and data is not None:
+                    stem = member.name.rsplit("/", 1)[-1].removesuffix(".csv")
+                    rows[stem] = _table(reader, data.read().decode("utf-8-sig", "replace"))
+    except (tarfile.TarError, *BROKEN_OFF):
+        reader.note("files that break off")
     tales = []
     for stem in sorted(s for s in rows if s.endswith("-story")):
         name = stem.removesuffix("-story")
-        asked = [r for r in rows.get(f"{name}-questions", []) if r["cor_section"].isdigit()]
+        asked = [r for r in rows.get(f"{name}-questions", []) if r["cor_section"].isdecimal()]
         questions = tuple((clean(r["question"]), clean(r["answer1"]), int(r["cor_section"])) for r in asked)
         body = tuple("\n\n".join(filter(None, map(clean, lines_joined(r["text"])))) for r in rows[stem])
-        tales.append(Fairytale(name.replace("-", " ").title(), body, questions))
+        if any(body):
+            tales.append(Fairytale(name.replace("-", " ").title(), body, questions))
+        else:
+            reader.drop("no text")
     return tales
+
+
+def _table(reader: Reader, text: str) -> list[defaultdict[str, str]]:
+    """The rows of a CSV table; a field that is missing is empty."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error:
+        reader.drop("not CSV")
+        return []
+    return [defaultdict(str, {key: value for key, value in row.items() if value}) for row in rows]
 
 
 def lines_joined(text: str) -> list[str]:
@@ -76,9 +94,10 @@ class Fairytales(Reader):
     """The tales of FairytaleQA as text."""
 
     name = "fairytales"
+    only_text = True
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        yield from fairytale_documents(read_fairytales(self.data_folder, filepath))
+        yield from fairytale_documents(read_fairytales(self, filepath))
 
 
 # --- dialogues ----------------------------------------------------------------------------------------------
@@ -96,10 +115,12 @@ class Dialogues(Reader):
     def read_file(self, filepath: str) -> Iterator[Document]:
         training: list[Chat] = []
         tested: list[Chat] = []
-        for line in read_text(self.data_folder, filepath).splitlines():
-            record = json.loads(line)
-            chat = tuple(Message(m["role"], clean(m["content"])) for m in record["messages"])
-            (tested if record["split"] == "test" else training).append(chat)
+        for _, record in self.records(filepath):
+            if found := chat_of(record.get("messages")):
+                chat = tuple(Message(m.role, clean(m.content)) for m in found)
+                (tested if record.get("split") == "test" else training).append(chat)
+            else:
+                self.drop("no chat")
         random.Random("0 pretrain").shuffle(tested)
         known = set(map(render, training))
         for i, chat in enumerate(tested):
@@ -146,9 +167,11 @@ class Chatterbot(Reader):
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         topic = topic_of(filepath)
-        for i, talk in enumerate(read_chatterbot(read_text(self.data_folder, filepath))):
+        for i, talk in enumerate(read_chatterbot(self.text_of(filepath))):
             chat = dialogue(*talk[: len(talk) // 2 * 2])
             if chat and all(m.content for m in chat):
+                if len(talk) % 2:
+                    self.note("last lines without an answer")
                 for _ in range(self.times):
                     yield chat_document(chat, f"{filepath}/{i}", {"source": f"chatterbot: {topic}"})
             else:
@@ -162,6 +185,7 @@ class Classics(Reader):
     """chinese-poetry, one JSON line per piece. A share is marked as the split `test`, the same always."""
 
     name = "classics"
+    only_text = True
 
     def __init__(self, data_folder: DataFolder, test_characters: int = 0, **options: Any) -> None:
         super().__init__(data_folder, **options)
@@ -169,16 +193,18 @@ class Classics(Reader):
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         texts: dict[str, str] = {}
-        for line in read_text(self.data_folder, filepath).splitlines():
-            piece = json.loads(line)
-            text = re.sub(r"\[\d+\]", "", piece["text"]).strip()
-            whole = "\n".join(filter(None, (piece["title"], text)))
-            if len(text) < 20:
+        for _, piece in self.records(filepath):
+            source, title, text = (str(piece.get(key) or "") for key in ("source", "title", "text"))
+            text = re.sub(r"\[\d+\]", "", text).strip()
+            whole = "\n".join(filter(None, (title, text)))
+            if not text:
+                self.drop("no text")
+            elif len(text) < 20:
                 self.drop("too short")
             elif whole in texts:
                 self.drop("the same text")
             else:
-                texts[whole] = piece["source"]
+                texts[whole] = source
         # What is drawn here must stay the same, or models that were measured on it cannot be compared.
         rng, order = random.Random("0 pretrain"), list(texts)
         rng.shuffle([0] * 4201)

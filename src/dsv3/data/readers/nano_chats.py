@@ -74,7 +74,7 @@ class Story:
 
 
 def read_data(name: str) -> list[str]:
-    return (files("dsv3.data") / name).read_text(encoding="utf-8").splitlines()
+    return (files("dsv3.data") / name).read_text(encoding="utf-8").strip().split("\n")
 
 
 def nouns_of(text: str) -> tuple[str, ...]:
@@ -215,13 +215,14 @@ def small_talk(topic: str, talks: Iterable[Sequence[str]]) -> Iterator[Chat | No
             yield dialogue(*lines[: len(lines) // 2 * 2]) if fit else None
 
 
-def reading_chats(tales: Iterable[Fairytale], most: int = 230) -> Iterator[Chat]:
-    """A short passage and a question, answered in a whole sentence."""
+def reading_chats(tales: Iterable[Fairytale], most: int = 230) -> Iterator[Chat | None]:
+    """A short passage and a question, answered in a whole sentence; None for each that is not fit."""
     for tale in tales:
         for question, answer, number in tale.questions:
             whole = answer[:1].isupper() and answer.endswith(".") and len(answer.split()) >= 5
-            if whole and 1 <= number <= len(tale.sections) and len(tale.sections[number - 1].split()) <= most:
-                yield dialogue(f"{tale.sections[number - 1]}\n\n{question}", answer)
+            passage = tale.sections[number - 1] if 1 <= number <= len(tale.sections) else ""
+            fit = whole and passage and len(passage.split()) <= most
+            yield dialogue(f"{passage}\n\n{question}", answer) if fit else None
 
 
 def identity_variants(

@@ -12,7 +12,7 @@ from datatrove.io import DataFolder
 from dsv3.data.chats import Chat, Message
 from dsv3.data.readers import nano_chats
 from dsv3.data.readers.books import Books
-from dsv3.data.readers.files import Reader, chat_document, read_text
+from dsv3.data.readers.files import Reader, chat_document
 from dsv3.data.readers.material import fairytale_documents, read_chatterbot, read_fairytales, topic_of
 
 WITH_SYSTEM = 0.08  # of the chats begin with a system prompt
@@ -33,6 +33,14 @@ class Made(Reader):
                 chat = (Message("system", rng.choice(nano_chats.SYSTEMS)), *chat)
             yield chat_document(chat, f"{source}/{i}", {"source": source})
 
+    def fit(self, chats: Iterable[Chat | None]) -> Iterator[Chat]:
+        """The chats that are fit; the others are counted."""
+        for chat in chats:
+            if chat is None:
+                self.drop("unfit")
+            else:
+                yield chat
+
     def random(self, path: str) -> random.Random:
         return random.Random(f"{self.seed} {self.name} {path.rsplit('/', 1)[-1]}")
 
@@ -48,9 +56,12 @@ class Tales(Made):
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         if filepath.endswith(".tar.gz"):
-            documents = fairytale_documents(read_fairytales(self.data_folder, filepath))
+            documents = list(fairytale_documents(read_fairytales(self, filepath)))
         else:
-            documents = Books(self.data_folder, only=nano_chats.TALE_BOOKS.pattern).read_file(filepath)
+            books = Books(self.data_folder, only=nano_chats.TALE_BOOKS.pattern)
+            documents = list(books.read_file(filepath))
+            for label, count in books.counts():
+                self.stat_update(label, value=count)
         short: dict[str, nano_chats.Story] = {}
         for document in documents:
             if nano_chats.TALE_BOOKS.search(document.metadata["source"]):
@@ -106,11 +117,9 @@ class SmallTalk(Made):
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         topic = topic_of(filepath)
-        talks = read_chatterbot(read_text(self.data_folder, filepath))
-        chats = list(nano_chats.small_talk(topic, talks))
-        if unfit := chats.count(None):
-            self.stat_update("dropped_unfit", value=unfit)
-        yield from self.made(filter(None, chats), f"chatterbot: {topic}", self.random(filepath))
+        talks = read_chatterbot(self.text_of(filepath))
+        chats = self.fit(nano_chats.small_talk(topic, talks))
+        yield from self.made(chats, f"chatterbot: {topic}", self.random(filepath))
 
 
 class Questions(Made):
@@ -119,5 +128,5 @@ class Questions(Made):
     name = "questions"
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        tales = read_fairytales(self.data_folder, filepath)
-        yield from self.made(nano_chats.reading_chats(tales), "fairytaleqa", self.random(filepath))
+        chats = self.fit(nano_chats.reading_chats(read_fairytales(self, filepath)))
+        yield from self.made(chats, "fairytaleqa", self.random(filepath))
