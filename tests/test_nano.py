@@ -144,7 +144,7 @@ def test_the_licence_is_that_of_the_data() -> None:
         r"bits per byte",
         r"tokens",
         r"(?m)^#+ .*Limits",
-        r"dsv3\.train\.nano",
+        r"dsv3 train",
     ],
 )
 def test_the_model_card_says(says: str) -> None:

@@ -552,7 +552,6 @@ PRESETS: dict[str, ModelConfig] = {
         first_k_dense_replace=1,
         routed_scaling_factor=2.0,
         max_position_embeddings=2048,
-        rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=512, mscale_all_dim=1.0),
         initializer_range=0.02,
         inert={"bos_token_id": 0},
     ),

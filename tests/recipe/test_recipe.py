@@ -33,7 +33,9 @@ def test_the_reports_recipe() -> None:
 def test_the_recipe_of_nano() -> None:
     recipe = load_recipe(RECIPES / "nano.yaml")
     assert recipe.config("pretrain").rope_scaling is None
-    assert recipe.config("sft").replace(inert={}) == PRESETS["nano"].replace(inert={})
+    stretched = recipe.config("sft")
+    assert stretched.rope_scaling is not None and stretched.max_position_embeddings == 2048
+    assert stretched.replace(rope_scaling=None, inert={}) == PRESETS["nano"].replace(inert={})
     assert recipe.export.format == "fp8"
 
 

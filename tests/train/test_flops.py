@@ -49,7 +49,7 @@ def beyond(config: ModelConfig, places: list[int]) -> float:
     ],
 )
 def test_it_is_what_torch_counts(mtp: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsv3.model.attention.causal_attention", full_attention)
+    monkeypatch.setattr("dsv3.kernels.attention.causal_attention", full_attention)
     config = PRESETS["tiny"].replace(**changes)
     model = Transformer(config)
     model.init_weights(torch.Generator().manual_seed(0))
