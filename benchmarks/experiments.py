@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import torch
 from dsv3.data.stream import heldout
 from dsv3.figures import COLORS
 from dsv3.figures import figure as picture
+from dsv3.files import write_whole
 from dsv3.model import Transformer
 from dsv3.recipe import Recipe, load_recipe
 from dsv3.train.heldout import bits_per_byte
@@ -105,9 +105,7 @@ def run(variant: str, data: Path, out: Path, tokens: float, seed: int) -> dict[s
         "seconds": lines[-1]["seconds"],
         "curve": [[line["tokens"], line["loss"], line["load"]] for line in lines],
     }
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    os.replace(partial, result)
+    write_whole(result, json.dumps(found) + "\n")
     return found
 
 
@@ -275,9 +273,7 @@ def main() -> None:
             print(f"{variant}, seed {seed}", file=sys.stderr, flush=True)
             results.setdefault(variant, []).append(run(variant, args.data, args.out, args.tokens, seed))
     table = summary(results)
-    partial = args.out / "results.json.partial"
-    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, args.out / "results.json")
+    write_whole(args.out / "results.json", json.dumps(table, indent=1) + "\n")
     (args.out / "plots").mkdir(exist_ok=True)
     plots(results, args.out / "plots")
     print(markdown(table))

@@ -19,13 +19,13 @@ n of `tokens` turns into shard n. So the result is the same bytes for any number
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +55,7 @@ from dsv3.data.readers import make_reader, reader_of
 from dsv3.data.readers.books import words_of
 from dsv3.data.steps import WORDS, Chosen, Cut, HeldOut, Passed, Pii, Shards, hardness, make_filter
 from dsv3.data.tasks import ByCorpus, Make, Once, Sourced, Steps, Stored, held_out, matched, store, stored
+from dsv3.files import only_writer
 from dsv3.recipe.data import DataRecipe, Evaluation, Source
 from dsv3.text.bpe import save_tokenizer, train_tokenizer
 
@@ -381,21 +382,10 @@ def build(
         return Manifest.load(out)
 
 
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _alone(out: Path) -> AbstractContextManager[None]:
     """Nobody else builds in the folder meanwhile; raises DataError where somebody does."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{out} is being built by another process: wait for it, or name another --out"
-            ) from None
-        yield
-    finally:
-        os.close(folder)
+    busy = f"{out} is being built by another process: wait for it, or name another --out"
+    return only_writer(out, DataError(busy))
 
 
 def _is_built(job: Job) -> bool:

@@ -14,7 +14,6 @@ loaded: what a run needs in memory is nothing but the pages it touches.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.errors import UserError
+from dsv3.files import write_whole
 
 Kind = Literal["text", "chats"]
 FORMAT = 1
@@ -102,9 +102,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write manifest.json, last of all and through a temporary name: where it is, the data is whole."""
-        partial = folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -22,7 +22,6 @@ agree on them. Their text is cut out of what is trained on: no merge is learned 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3.errors import UserError
+from dsv3.files import write_whole
 from dsv3.text.chat import DEEPSEEK_TEMPLATE
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -146,15 +146,5 @@ def save_tokenizer(
     if chat_template is not None:
         config["chat_template"] = chat_template
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Through a temporary name, so that a file that is there is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")

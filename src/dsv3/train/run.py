@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,27 @@ def state_file(folder: Path) -> Path:
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], Position]:
     """The tensors of a saved phase, and how far it is. Raises UserError if there is none, or it is broken."""
+    with _opened(path) as file:
+        position = _position(file)
+        return {name: file.get_tensor(name) for name in file.keys()}, position  # noqa: SIM118
+
+
+def read_position(path: Path) -> Position:
+    """How far a saved phase is, without its tensors; raises as `read_state`."""
+    with _opened(path) as file:
+        return _position(file)
+
+
+def _position(file: Any) -> Position:
+    return Position(**json.loads((file.metadata() or {})["position"]))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A state file; what is wrong with it while it is read is said in one line."""
     try:
         with safe_open(path, framework="pt") as file:
-            position = Position(**json.loads((file.metadata() or {})["position"]))
-            return {name: file.get_tensor(name) for name in file.keys()}, position  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train the stage before it first") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -7,14 +7,11 @@ model; so each phase builds the model by its own config and takes over the weigh
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.util
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from dsv3.checkpoint.writer import staged
 from dsv3.config import read_json
 from dsv3.data.stream import open_stream
 from dsv3.errors import UserError
+from dsv3.files import only_writer, write_whole
 from dsv3.model import Transformer
 from dsv3.recipe import Phase, Recipe, RecipeError
 from dsv3.recipe.train import plan
@@ -36,7 +34,7 @@ from dsv3.train.loop import FlopsShare, train
 from dsv3.train.metrics import FILE, MetricsLog
 from dsv3.train.plots import plot_run
 from dsv3.train.recompute import apply_recompute
-from dsv3.train.run import Run, read_state, state_file, trained_model
+from dsv3.train.run import Run, read_position, state_file, trained_model
 
 
 @dataclass(frozen=True)
@@ -110,22 +108,14 @@ def _essence(recipe: Recipe, options: Options) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> AbstractContextManager[None]:
     """Hold a folder for this process alone."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
     except OSError as problem:
         raise UserError(f"{out} cannot be written to ({problem.strerror}): name another --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{out} is being trained by another process: wait for it, or name another --out"
-            ) from None
-        yield
+    busy = f"{out} is being trained by another process: wait for it, or name another --out"
+    return only_writer(out, UserError(busy))
 
 
 def make_run(recipe: Recipe, name: str, out: Path, device: str = "cpu") -> Run:
@@ -145,7 +135,7 @@ def _run_phase(
     recipe: Recipe, name: str, before: str | None, data: Path, out: Path, options: Options
 ) -> None:
     phase, folder = recipe.phases[name], out / name
-    if (folder / "heldout.json").exists() and read_state(state_file(folder))[1].done:
+    if (folder / "heldout.json").exists() and read_position(state_file(folder)).done:
         return
     stream = open_stream(
         data, phase.mixture, recipe.seed + list(recipe.phases).index(name), phase.sequence_length
@@ -163,7 +153,7 @@ def _run_phase(
         run.follow(state_file(out / before), phase.fresh_moments)
     elif options.init is not None:
         run.start_from(options.init)
-    if not run.position.step or not run.position.done:
+    if run.position.tokens < schedule.tokens:
         say(
             f"{name}: {schedule.tokens - run.position.tokens:,} of {schedule.tokens:,} tokens to go, "
             f"{run.model.config.num_hidden_layers} layers, sequences of {phase.sequence_length}"
@@ -217,9 +207,7 @@ def export(recipe: Recipe, phase: str, data: Path, out: Path, folder: Path) -> P
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(values, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(values, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
 def say(text: str) -> None:
