@@ -51,11 +51,11 @@ bench: $(VENV)/.dev ## measure dsv3 against transformers on one random checkpoin
 
 lock: $(BIN)/pip ## resolve requirements.lock and requirements-dev.lock anew
 	@$(PIP) install uv
-	$(LOCK) --group build -o requirements.lock
+	$(LOCK) --extra serve --group build -o requirements.lock
 	$(LOCK) --extra dev -c requirements.lock -o requirements-dev.lock
 
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile -q pyproject.toml --upgrade --universal \
-	--python-version 3.11 --no-annotate --no-emit-package torch
+	--python-version 3.11 --no-annotate --no-emit-package torch --no-emit-package triton
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

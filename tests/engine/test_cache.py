@@ -1,13 +1,15 @@
-"""Rows of latents: they grow, move, and lose nothing."""
+"""Blocks of latents: who has them, what is in them, and which one goes first."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv3.checkpoint.memory import CACHE_SHARE, token_bytes
 from dsv3.config import PRESETS
-from dsv3.engine.cache import FIRST_CAPACITY, LatentCache
+from dsv3.engine.cache import BLOCK, BlockManager, allocate, chained_hash
 from dsv3.engine.machine import choose_device, choose_dtype, cpu_has_bf16, fitting_tokens
 from dsv3.errors import UserError
 
@@ -15,82 +17,124 @@ TINY = PRESETS["tiny"]
 CPU = torch.device("cpu")
 
 
-def cache(max_rows: int = 6, max_length: int = 1500) -> LatentCache:
-    return LatentCache(TINY, max_rows, max_length, torch.float32, CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_cache_is_zeros(dtype: torch.dtype) -> None:
+    layers = allocate(TINY, 5, dtype, CPU)
+    assert [tuple(layer.shape) for layer in layers] == [(5, BLOCK, TINY.latent_dim)] * 3
+    assert all(layer.dtype is dtype and not layer.any() for layer in layers)
+    assert len(allocate(TINY, 5, dtype, CPU, mtp=True)) == 4
+    layers[0][2] = 1.5
+    assert layers[0].sum() == 1.5 * BLOCK * TINY.latent_dim, "it can be written to"
 
 
-def test_nothing_is_allocated_before_it_is_needed() -> None:
-    c = cache()
-    assert (c.rows, c.capacity, sum(layer.numel() for layer in c.layers)) == (0, 0, 0)
-    c.reserve(1, 5)
-    assert (c.rows, c.capacity) == (1, FIRST_CAPACITY)
-    assert [tuple(layer.shape) for layer in c.layers] == [(1, FIRST_CAPACITY, TINY.latent_dim)] * 3
+def test_memory_is_taken_only_as_blocks_are_written() -> None:
+    import psutil
+
+    process = psutil.Process()
+    before = process.memory_info().rss
+    layers = allocate(TINY, 100_000, torch.float32, CPU)  # 1.8 GB
+    assert process.memory_info().rss - before < 50e6
+    assert sum(layer.nbytes for layer in layers) > 1e9
 
 
-def test_growing_keeps_what_is_there() -> None:
-    c = cache()
-    c.reserve(2, 10)
-    for i, layer in enumerate(c.layers):
-        layer.normal_(i + 1.0)
-    before = [layer.clone() for layer in c.layers]
-    c.reserve(3, 300)
-    assert (c.rows, c.capacity) == (4, 2 * FIRST_CAPACITY), "both grow by doubling"
-    for old, new in zip(before, c.layers, strict=True):
-        assert torch.equal(new[:2, :FIRST_CAPACITY], old)
-        assert not new[2:].any() and not new[:, FIRST_CAPACITY:].any()
+def test_names_tell_every_beginning_apart() -> None:
+    first = chained_hash(b"", range(64))
+    assert first == chained_hash(b"", list(range(64)))
+    others = [
+        chained_hash(b"", range(1, 65)),
+        chained_hash(b"", range(63)),
+        chained_hash(first, range(64)),
+        chained_hash(b"x", range(64)),
+    ]
+    assert len({first, *others}) == 5
 
 
-def test_growth_ends_at_the_limits() -> None:
-    c = cache(max_rows=3, max_length=400)
-    c.reserve(2, 10)
-    c.reserve(3, 257)
-    assert (c.rows, c.capacity) == (3, 400)
-    small = cache(max_length=20)
-    small.reserve(1, 2)
-    assert small.capacity == 20
+def test_unused_blocks_are_remembered_until_their_memory_is_needed() -> None:
+    manager = BlockManager(4)
+    a, b = manager.take(), manager.take()
+    manager.name(a, b"a")
+    manager.name(b, b"b")
+    manager.release([a, b])
+    assert (manager.free, manager.used) == (4, 0)
+    assert (manager.find(b"a"), manager.find(b"b"), manager.find(b"c")) == (a, b, None)
+    manager.share(a)
+    assert (manager.free, manager.used) == (3, 1)
+    taken = [manager.take() for _ in range(3)]
+    assert a not in taken and b in taken
+    assert manager.find(b"a") == a and manager.find(b"b") is None
 
 
-def test_enough_room_is_left_alone() -> None:
-    c = cache()
-    c.reserve(2, 10)
-    layers = list(c.layers)
-    c.reserve(1, FIRST_CAPACITY)
-    assert all(new is old for new, old in zip(c.layers, layers, strict=True))
+def test_the_least_recently_used_goes_first_and_of_one_text_the_end() -> None:
+    manager = BlockManager(4)
+    old, new = [manager.take(), manager.take()], [manager.take(), manager.take()]
+    for block, name in zip(old + new, (b"1", b"2", b"3", b"4"), strict=True):
+        manager.name(block, name)
+    manager.release(new)
+    manager.release(old)
+    assert [manager.take() for _ in range(4)] == [new[1], new[0], old[1], old[0]]
 
 
-def test_a_growth_that_fails_can_be_tried_again() -> None:
-    class Full(torch.Tensor):
-        def new_zeros(self, *_: object) -> torch.Tensor:  # type: ignore[override]
-            raise MemoryError
-
-    c = cache()
-    c.reserve(1, 10)
-    for layer in c.layers:
-        layer.normal_()
-    before = [layer.clone() for layer in c.layers]
-    last = c.layers[-1]
-    c.layers[-1] = last.as_subclass(Full)
-    with pytest.raises(MemoryError):
-        c.reserve(4, 1000)
-    assert (c.rows, c.capacity) == (1, FIRST_CAPACITY)
-    c.layers[-1] = last
-    c.reserve(2, 300)  # less than was tried before
-    for old, new in zip(before, c.layers, strict=True):
-        assert new.shape[:2] == (2, 2 * FIRST_CAPACITY)
-        assert torch.equal(new[:1, :FIRST_CAPACITY], old)
+def test_what_holds_nothing_worth_remembering_goes_before_all_else() -> None:
+    manager = BlockManager(3)
+    named, nameless = manager.take(), manager.take()
+    manager.name(named, b"x")
+    manager.release([named])
+    manager.release([nameless])
+    assert manager.take() == nameless
 
 
-def test_move() -> None:
-    c = cache()
-    c.reserve(3, 10)
-    for layer in c.layers:
-        layer.normal_()
-    before = [layer.clone() for layer in c.layers]
-    c.move(2, 0, 7)
-    for old, new in zip(before, c.layers, strict=True):
-        assert torch.equal(new[0, :7], old[2, :7])
-        assert torch.equal(new[0, 7:], old[0, 7:])
-        assert torch.equal(new[1:], old[1:])
+def test_shared_blocks_are_free_when_the_last_user_is_gone() -> None:
+    manager = BlockManager(2)
+    block = manager.take()
+    manager.name(block, b"x")
+    manager.share(block)
+    manager.release([block])
+    assert manager.used == 1
+    manager.release([block])
+    assert manager.used == 0
+
+
+def test_two_blocks_with_the_same_text_have_one_name() -> None:
+    manager = BlockManager(2)
+    a, b = manager.take(), manager.take()
+    manager.name(a, b"x")
+    manager.name(b, b"x")
+    assert manager.find(b"x") == a
+    manager.release([a, b])
+    assert manager.take() == b and manager.find(b"x") == a
+
+
+def test_a_block_that_is_taken_anew_has_no_drafts() -> None:
+    manager = BlockManager(1)
+    manager.drafted[manager.take()] = True
+    manager.release([0])
+    assert not manager.drafted[manager.take()]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_no_block_is_lost_or_given_twice(data: st.DataObject) -> None:
+    manager = BlockManager(6)
+    holders: list[list[int]] = []
+    names = 0
+    for _ in range(40):
+        action = data.draw(st.sampled_from(["take", "share", "release", "name"]))
+        if action == "take" and manager.free:
+            block = manager.take()
+            assert all(block not in held for held in holders)
+            holders.append([block])
+        elif action == "share" and names:
+            found = manager.find(str(data.draw(st.integers(0, names))).encode())
+            if found is not None:
+                manager.share(found)
+                holders.append([found])
+        elif action == "release" and holders:
+            manager.release(holders.pop(data.draw(st.integers(0, len(holders) - 1))))
+        elif action == "name" and holders:
+            names += 1
+            manager.name(holders[-1][0], str(names).encode())
+        assert manager.used == len({block for held in holders for block in held})
+        assert manager.used + manager.free == 6
 
 
 def test_bytes_per_token() -> None:

@@ -1,4 +1,4 @@
-"""The engine's one promise: whatever it does with batches, chunks and rows, tokens are the plain model's."""
+"""The engine's one promise: whatever it does with batches, chunks, blocks and guesses, tokens are the plain model's."""
 
 from __future__ import annotations
 
@@ -57,7 +57,6 @@ def test_more_prompts_than_rows() -> None:
         e.step()
         most = max(most, len(e.scheduler.running))
     assert most == 2
-    assert e.scheduler.cache.rows == 2
     for sequence, asked in zip(sequences, params, strict=True):
         assert len(sequence.output_ids) == asked.max_tokens
         assert is_greedy(sequence.prompt_ids, sequence.output_ids)
@@ -65,7 +64,7 @@ def test_more_prompts_than_rows() -> None:
 
 @pytest.mark.parametrize("chunk", [4, 5, 16, 33])
 def test_chunked_prefill_while_others_decode(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    e = engine(max_num_seqs=4, max_batched_tokens=chunk)
+    e = engine(max_num_seqs=4, max_batched_tokens=chunk, speculation="off")
     short, long, other = prompts([3, 50, 37])
     first = e.sequence(short, SamplingParams(temperature=0.0, max_tokens=30))
     e.add(first)
@@ -97,10 +96,11 @@ def test_decoding_token_by_token_gives_the_logits_of_one_full_forward(length: in
     e.add(sequence)
     steps: list[Tensor] = []
     for token in tokens[length:]:
-        schedule = e.scheduler.schedule()
-        ready, logits = e.runner.run(schedule)
-        steps.append(logits)
-        e.scheduler.postprocess(schedule, ready, [Sampled(token)])
+        (work,) = e.scheduler.schedule()
+        (hidden,) = e.runner.run([work.piece], [work.token_ids])
+        steps.append(e.runner.logits([hidden[-1:]]))
+        sequence.append(Sampled(token))
+        e.scheduler.book(sequence, len(sequence.tokens) - 1)
     with torch.no_grad():
         whole = model()(torch.tensor([tokens])).logits[0, length - 1 : -1]
     assert len(steps) == 64
@@ -109,25 +109,33 @@ def test_decoding_token_by_token_gives_the_logits_of_one_full_forward(length: in
 
 
 @given(st.data())
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_random_arrivals_lengths_chunks_and_cancellations(data: st.DataObject) -> None:
+    """With small caches, shared beginnings, guesses or none: always the plain model's tokens, and no block leaks."""
     e = engine(
         max_num_seqs=data.draw(st.integers(1, 4), "rows"),
-        max_batched_tokens=data.draw(st.integers(1, 40), "budget"),
-        max_model_len=data.draw(st.sampled_from([24, 48, 300]), "max_model_len"),
+        max_batched_tokens=data.draw(st.integers(1, 150), "budget"),
+        max_model_len=data.draw(st.sampled_from([24, 48, 200]), "max_model_len"),
+        cache_tokens=data.draw(st.sampled_from([256, 320, 448, 10_000]), "cache"),
+        prefix_caching=data.draw(st.booleans(), "prefix caching"),
+        speculation=data.draw(st.sampled_from(["off", "auto", 1, 3]), "speculation"),
+        deterministic=False,
     )
-    e.scheduler.max_cached_tokens = data.draw(st.sampled_from([60, 10_000]), "memory")
     rng = random.Random(data.draw(st.integers(0, 99), "seed"))
+    beginnings = [[rng.randrange(CONFIG.vocab_size) for _ in range(n)] for n in (0, 70, 130)]
     sequences: list[Sequence] = []
     cancelled: list[Sequence] = []
     for _ in range(data.draw(st.integers(1, 7), "requests")):
         length = data.draw(st.integers(1, 23), "length")
         params = SamplingParams(
-            temperature=0.0, max_tokens=data.draw(st.none() | st.integers(1, 9), "max_tokens")
+            temperature=0.0, max_tokens=data.draw(st.none() | st.integers(0, 9), "max_tokens")
         )
         if params.max_tokens is None and e.max_model_len > 50:
             continue
-        sequences.append(e.sequence([rng.randrange(CONFIG.vocab_size) for _ in range(length)], params))
+        prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(length)]
+        if e.max_model_len == 200:
+            prompt = data.draw(st.sampled_from(beginnings), "beginning") + prompt
+        sequences.append(e.sequence(prompt, params))
         e.add(sequences[-1])
         for _ in range(data.draw(st.integers(0, 4), "steps")):
             e.step()
@@ -141,6 +149,7 @@ def test_random_arrivals_lengths_chunks_and_cancellations(data: st.DataObject) -
             assert len(sequence.tokens) == sequence.limit
             assert sequence.finish_reason == "length"
     assert not e.scheduler.running and not e.scheduler.waiting
+    assert e.manager.used == 0 and e.manager.free == e.manager.total
 
 
 @given(st.data())
@@ -265,6 +274,8 @@ def test_prompts_that_cannot_be_served(ids: list[int], says: str) -> None:
         {"max_num_seqs": True},
         {"max_batched_tokens": 0},
         {"max_batched_tokens": "1"},
+        {"cache_tokens": 0},
+        {"cache_tokens": 100},
     ],
 )
 def test_engines_that_cannot_be(wrong: dict[str, object]) -> None:
@@ -314,22 +325,6 @@ def test_logits_that_are_not_numbers_are_said_to_be_so() -> None:
     assert not e.unfinished
 
 
-def test_memory_limits_who_runs_together_but_never_the_first() -> None:
-    e = engine(max_num_seqs=4)
-    e.scheduler.max_cached_tokens = 50
-    sequences = [e.sequence(p, GREEDY) for p in prompts([8, 8, 60, 8])]  # 20 or 72 tokens at their longest
-    for sequence in sequences:
-        e.add(sequence)
-    together = []
-    while e.unfinished:
-        e.step()
-        together.append({sequences.index(s) for s in e.scheduler.running})
-    assert {0, 1} in together and {2} in together
-    assert not any(2 in running and len(running) > 1 for running in together)
-    for sequence in sequences:
-        assert sequence.output_ids == greedy(sequence.prompt_ids, 12)
-
-
 def test_memory_that_cannot_be_measured_limits_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv3.engine.machine.free_memory", lambda device: None)
     e = engine(max_num_seqs=3)
@@ -338,6 +333,320 @@ def test_memory_that_cannot_be_measured_limits_nobody(monkeypatch: pytest.Monkey
         e.add(e.sequence(prompt, SamplingParams(max_tokens=None)))
     e.step()
     assert len(e.scheduler.running) == 3
+
+
+# Blocks -------------------------------------------------------------------------------------------------
+
+
+def test_when_blocks_run_out_the_youngest_waits_and_comes_back() -> None:
+    e = engine(max_num_seqs=4, max_model_len=200, cache_tokens=256, speculation="off")
+    params = SamplingParams(temperature=0.0, max_tokens=90)
+    sequences = [e.sequence(p, params) for p in prompts([50, 60, 55])]  # 3 blocks each in the end, of 4
+    for sequence in sequences:
+        e.add(sequence)
+    e.step()
+    assert e.scheduler.running == sequences[:2], "the third waits: somebody may soon want another block"
+    finished: list[Sequence] = []
+    while e.unfinished:
+        finished += [s for s in e.step() if s.finished]
+    assert finished == sequences, "the oldest is never thrown out"
+    assert e.scheduler.counts.preemptions >= 1
+    for sequence in sequences:
+        assert is_greedy(sequence.prompt_ids, sequence.output_ids) and len(sequence.output_ids) == 90
+    assert e.manager.used == 0
+
+
+def test_the_same_beginning_is_read_once() -> None:
+    e = engine(max_num_seqs=8)
+    beginning = prompts([150])[0]
+    first = e.sequence([*beginning, 1], GREEDY)
+    run(e, first)
+    later = [e.sequence([*beginning, i, i], GREEDY) for i in (1, 2, 3)]
+    run(e, *later)
+    assert [s.cached_tokens for s in (first, *later)] == [0, 128, 128, 128]
+    assert (e.scheduler.counts.prompt_tokens, e.scheduler.counts.cached_tokens) == (151 + 3 * 152, 3 * 128)
+    for sequence in later:
+        assert sequence.output_ids == greedy(sequence.prompt_ids, 12)
+
+
+def test_those_who_come_together_share_what_one_of_them_reads() -> None:
+    e = engine(max_num_seqs=8)
+    beginning = prompts([200])[0]
+    together = [e.sequence([*beginning, i], GREEDY) for i in range(5)]
+    other = e.sequence(prompts([7])[0], GREEDY)
+    for sequence in (*together, other):
+        e.add(sequence)
+    e.step()
+    assert e.scheduler.running == [together[0], other], "who can share waits, and lets others by"
+    run(e)
+    assert [s.cached_tokens for s in together] == [0, 192, 192, 192, 192]
+    for sequence in together:
+        assert sequence.output_ids == greedy(sequence.prompt_ids, 12)
+
+
+def test_an_answer_is_in_the_cache_for_the_next_turn() -> None:
+    e = engine()
+    first = e.sequence(prompts([40])[0], SamplingParams(temperature=0.0, max_tokens=60))
+    run(e, first)
+    second = e.sequence([*first.tokens, 5, 6, 7], GREEDY)
+    run(e, second)
+    assert second.cached_tokens == 64
+    assert second.output_ids == greedy(second.prompt_ids, 12)
+
+
+def test_a_whole_prompt_in_the_cache_still_gives_a_token() -> None:
+    e = engine()
+    prompt = prompts([128])[0]
+    for expected in (0, 64):
+        sequence = e.sequence(prompt, GREEDY)
+        run(e, sequence)
+        assert sequence.cached_tokens == expected
+        assert sequence.output_ids == greedy(prompt, 12)
+
+
+def test_other_salts_and_no_caching_share_nothing() -> None:
+    prompt = prompts([100])[0]
+    e = engine()
+    for salt, cached in (("a", 0), ("b", 0), ("a", 64)):
+        (sequence,) = e.sequences(prompt, GREEDY, salt=salt)
+        run(e, sequence)
+        assert sequence.cached_tokens == cached
+    e = engine(prefix_caching=False)
+    for _ in range(2):
+        sequence = e.sequence(prompt, GREEDY)
+        run(e, sequence)
+        assert sequence.cached_tokens == 0
+
+
+def test_a_short_question_does_not_wait_for_a_long_prompt() -> None:
+    e = engine(max_batched_tokens=32, max_num_seqs=4, speculation="off")
+    long, short = (e.sequence(p, GREEDY) for p in prompts([400, 20]))
+    e.add(long)
+    e.add(short)
+    steps = 0
+    while not short.output_ids:
+        e.step()
+        steps += 1
+    assert steps == 2 and long.pending > 300
+
+
+# Several answers, and what is known of prompts ------------------------------------------------------------
+
+
+def test_several_answers_are_different_draws_and_share_the_prompt() -> None:
+    e = engine()
+    params = SamplingParams(n=3, max_tokens=10, temperature=1.5, seed=4)
+    answers = e.sequences(prompts([100])[0], params)
+    run(e, *answers)
+    assert len({tuple(s.output_ids) for s in answers}) == 3
+    assert [s.cached_tokens for s in answers] == [0, 64, 64]
+    (alone,) = e.sequences(prompts([100])[0], SamplingParams(max_tokens=10, temperature=1.5, seed=4))
+    run(e, alone)
+    assert alone.output_ids == answers[0].output_ids
+
+
+@pytest.mark.parametrize("budget", [7, 64, 500])
+def test_prompt_logprobs_are_the_plain_models(budget: int) -> None:
+    e = engine(max_batched_tokens=budget, max_num_seqs=2)
+    prompt = prompts([150])[0]
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2)
+    run(e, e.sequence(prompt, GREEDY))  # which leaves the prompt in the cache
+    sequence = e.sequence(prompt, params)
+    run(e, sequence)
+    assert sequence.cached_tokens == 0
+    with torch.no_grad():
+        table = model()(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    reported = sequence.prompt_logprobs
+    assert reported[0] is None and len(reported) == 150
+    for place, one in enumerate(reported[1:], start=1):
+        assert one is not None and one.token_id == prompt[place]
+        assert one.logprob == pytest.approx(float(table[place - 1, prompt[place]]), abs=1e-4)
+        assert list(one.top) == table[place - 1].topk(2).indices.tolist()
+    assert sequence.output_ids == greedy(prompt, 3)
+
+
+def test_a_prompt_can_be_read_for_its_hidden_states_alone() -> None:
+    e = engine(max_batched_tokens=20, max_num_seqs=3)
+    prompt = prompts([50])[0]
+    (sequence,) = e.sequences(prompt, SamplingParams(max_tokens=0), pools=True)
+    run(e, sequence, e.sequence(prompt[:9], GREEDY))
+    assert sequence.output_ids == [] and sequence.finish_reason == "length"
+    with torch.no_grad():
+        expected = model()(torch.tensor([prompt])).hidden_states[0].sum(0)
+    assert sequence.pooled is not None
+    torch.testing.assert_close(sequence.pooled, expected, rtol=0, atol=1e-3)
+
+
+def test_logit_bias_and_allowed_tokens() -> None:
+    prompt = prompts([6])[0]
+    plain = greedy(prompt, 5)
+    e = engine()
+    banned = e.sequence(prompt, SamplingParams(temperature=0.0, max_tokens=5, logit_bias={plain[0]: -100}))
+    forced = e.sequence(prompt, SamplingParams(temperature=0.0, max_tokens=5, logit_bias={17: 100.0}))
+    few = e.sequence(prompt, SamplingParams(temperature=1.0, max_tokens=40, allowed_token_ids=[3, 9]))
+    run(e, banned, forced, few)
+    assert plain[0] not in banned.output_ids
+    assert forced.output_ids == [17] * 5
+    assert set(few.output_ids) == {3, 9}
+
+
+def test_what_nothing_can_meet_ends_and_harms_nobody() -> None:
+    e = engine(end_ids=[7])
+    impossible = SamplingParams(temperature=0.0, max_tokens=9, min_tokens=9, allowed_token_ids=[7])
+    sequence, other = e.sequence([1, 2], impossible), e.sequence([3, 4], GREEDY)
+    run(e, sequence, other)
+    assert sequence.output_ids == [7] and sequence.finish_reason == "stop"
+    assert other.output_ids == greedy([3, 4], len(other.output_ids))
+
+
+def test_deadlines() -> None:
+    e = engine(max_num_seqs=1)
+    (running,) = e.sequences([1, 2], SamplingParams(max_tokens=None), deadline=60)
+    (waiting,) = e.sequences([3], GREEDY, deadline=0.0)
+    e.add(running)
+    e.step()
+    e.add(waiting)
+    assert waiting in e.step()
+    assert waiting.finish_reason == "deadline" and waiting.output_ids == []
+    assert running.deadline is not None
+    running.deadline = 0.0
+    assert e.step() == [running]
+    assert running.finish_reason == "deadline" and len(running.output_ids) == 2
+    assert not e.unfinished and e.manager.used == 0
+    assert e.finished == {"deadline": 2}
+
+
+# The same to the bit ------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=15)
+def test_deterministic_answers_do_not_depend_on_company(data: st.DataObject) -> None:
+    """Log-probabilities to the last bit, whatever else runs, however little cache there is, whatever it holds."""
+    rng = random.Random(data.draw(st.integers(0, 99), "seed"))
+    beginning = [rng.randrange(CONFIG.vocab_size) for _ in range(data.draw(st.sampled_from([0, 64, 100])))]
+    asked = [
+        (
+            beginning + [rng.randrange(CONFIG.vocab_size) for _ in range(rng.randrange(1, 90))],
+            SamplingParams(
+                temperature=rng.choice([0.0, 1.0]), max_tokens=rng.randrange(1, 30), logprobs=0, seed=i
+            ),
+        )
+        for i in range(data.draw(st.integers(2, 5), "requests"))
+    ]
+    together = engine(
+        deterministic=True,
+        max_num_seqs=data.draw(st.integers(1, 4), "rows"),
+        max_batched_tokens=data.draw(st.integers(1, 200), "budget"),
+        max_model_len=256,
+        cache_tokens=data.draw(st.sampled_from([320, 512, 5000]), "cache"),
+    )
+    sequences = [together.sequence(*one) for one in asked]
+    for sequence in sequences:
+        together.add(sequence)
+        for _ in range(rng.randrange(4)):
+            together.step()
+    run(together)
+    for (prompt, params), sequence in zip(asked, sequences, strict=True):
+        alone = engine(deterministic=True, max_model_len=256, prefix_caching=False)
+        single = alone.sequence(prompt, params)
+        run(alone, single)
+        assert [one.logprob for one in single.logprobs] == [one.logprob for one in sequence.logprobs]
+        assert single.output_ids == sequence.output_ids
+
+
+# Speculation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_guesses_that_are_right_save_steps_and_change_nothing(
+    drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that knows: it looks up what the model will say."""
+    e = engine(speculation=drafts, max_num_seqs=3)
+    sequences = [e.sequence(p, SamplingParams(temperature=0.0, max_tokens=30)) for p in prompts([5, 70, 9])]
+    known = {tuple(s.prompt_ids): greedy(s.prompt_ids, 40) for s in sequences}
+
+    def knows(asked: list[Sequence], hidden: list[Tensor]) -> None:
+        for s in asked:
+            said = len(s.output_ids)
+            s.drafts = known[tuple(s.prompt_ids)][said : said + drafts]
+
+    monkeypatch.setattr(e, "_guess", knows)
+    run(e, *sequences)
+    for sequence in sequences:
+        assert sequence.output_ids == known[tuple(sequence.prompt_ids)][:30]
+    assert e.accepted_tokens == e.drafted_tokens > 0
+    assert e.steps <= 2 + -(-30 // (1 + drafts))
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@given(params=st.lists(st.deferred(lambda: sampling_params()), min_size=1, max_size=4))
+@settings(max_examples=20)
+def test_with_guesses_a_seed_gives_the_same_tokens_as_without(
+    drafts: int, params: list[SamplingParams]
+) -> None:
+    outputs = []
+    for speculation in ("off", drafts):
+        e = engine(speculation=speculation, max_num_seqs=3)
+        asked = prompts([11, 3, 80, 20])[: len(params)]
+        sequences = [e.sequence(p, q) for p, q in zip(asked, params, strict=True)]
+        run(e, *sequences)
+        assert (e.drafted_tokens > 0) == (speculation != "off" and any(q.max_tokens > 2 for q in params))  # type: ignore[operator]
+        outputs.append([s.output_ids for s in sequences])
+    assert outputs[0] == outputs[1]
+
+
+def test_sampled_output_is_distributed_as_without_guesses() -> None:
+    """Second tokens, where a guess was tried for each: a chi-squared test against the model's own probabilities."""
+    prompt, first = [5, 6, 7], 11
+    e = engine(speculation=1, max_num_seqs=64)
+    params = SamplingParams(temperature=0.5, max_tokens=3)
+    sequences = [e.sequence([*prompt, first], params) for _ in range(3000)]
+    run(e, *sequences)
+    assert 0 < e.accepted_tokens < e.drafted_tokens
+    seen: dict[int, list[int]] = {}
+    for sequence in sequences:
+        seen.setdefault(sequence.output_ids[0], []).append(sequence.output_ids[1])
+    given_first, seconds = max(seen.items(), key=lambda pair: len(pair[1]))
+    with torch.no_grad():
+        logits = model()(torch.tensor([[*prompt, first, given_first]])).logits[0, -1]
+    expected = (logits / 0.5).softmax(-1) * len(seconds)
+    counts = torch.bincount(torch.tensor(seconds), minlength=CONFIG.vocab_size).float()
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    wanted, observed = wanted[wanted > 0], observed[wanted > 0]
+    chi_squared = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = len(wanted) - 1
+    assert freedom >= 2
+    assert chi_squared < freedom + 4 * (2 * freedom) ** 0.5, (chi_squared, freedom)
+
+
+def test_the_module_guesses_from_what_it_would_see_in_one_forward_pass() -> None:
+    e = engine(speculation=1, max_batched_tokens=40, max_num_seqs=4)
+    sequences = [e.sequence(p, SamplingParams(temperature=0.0, max_tokens=25)) for p in prompts([3, 90, 41])]
+    for sequence in sequences:
+        e.add(sequence)
+    checked = 0
+    while e.unfinished:
+        for sequence in e.step():
+            if sequence.drafts:
+                with torch.no_grad():
+                    logits = model()(torch.tensor([sequence.tokens])).mtp_logits[0]
+                assert sequence.drafts == [int(logits[0, -1].argmax())]
+                checked += 1
+    assert checked > 40
+
+
+def test_speculation_that_cannot_be() -> None:
+    for wrong in ("on", -1, 9, 1.5, True):
+        with pytest.raises(UserError, match="speculation is"):
+            engine(speculation=wrong)
+    plain = Transformer(CONFIG.replace(num_nextn_predict_layers=0)).eval()
+    assert Engine(plain).drafts == 0
+    with pytest.raises(UserError, match="no multi-token prediction module"):
+        Engine(plain, speculation=1)
 
 
 def test_seeds() -> None:

@@ -361,7 +361,7 @@ def test_a_generation_config_that_cannot_be_read(tmp_path: Path) -> None:
 def test_dtype_device_and_length(folder: Path) -> None:
     llm = LLM(str(folder), dtype="bfloat16", device="cpu", max_model_len=30)
     assert llm.model.lm_head.weight.dtype is torch.bfloat16
-    assert llm.engine.runner.cache.layers[0].dtype is torch.bfloat16
+    assert llm.engine.runner.cache[0].dtype is torch.bfloat16
     assert llm.max_model_len == 30
     (output,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=None, temperature=0.0))
     assert output.finish_reason == "stop" or len(output.prompt_token_ids + output.token_ids) == 30
@@ -381,9 +381,10 @@ def test_devices_and_dtypes() -> None:
             choose_dtype(wrong, cpu)  # type: ignore[arg-type]
 
 
-def test_modules_that_the_engine_does_not_run_are_not_loaded(llm: LLM) -> None:
+def test_mtp_modules_are_loaded_where_they_are_of_use(folder: Path) -> None:
     assert PRESETS["tiny"].num_nextn_predict_layers > 0, "the checkpoint has them"
-    assert not any("mtp" in name for name, _ in llm.model.named_parameters())
+    assert len(LLM(folder).model.mtp) == PRESETS["tiny"].num_nextn_predict_layers
+    assert len(LLM(folder, speculation="off").model.mtp) == 0
 
 
 def test_a_model_already_in_place(llm: LLM) -> None:

@@ -9,22 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from dsv3.engine.sampling import (
-    PREFIX,
     Sampler,
     SamplingParams,
-    distribution,
-    draw,
     likeliest,
     penalize_output,
     penalize_repetition,
@@ -32,90 +23,6 @@ from dsv3.engine.sampling import (
     sample,
 )
 from dsv3.errors import UserError
-
-
-def normalised(weights: Tensor) -> Tensor:
-    return weights / weights.sum(dim=-1, keepdim=True)
-
-
-def in_transformers(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities [1, vocab] after transformers' warpers, in transformers' own order."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.top_k > 0:
-        warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        warpers.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0:
-        warpers.append(MinPLogitsWarper(params.min_p))
-    scores: Tensor = warpers(torch.zeros(1, 1, dtype=torch.int64), logits)
-    return scores.softmax(dim=-1)
-
-
-@st.composite
-def filters(draw: st.DrawFn) -> SamplingParams:
-    return SamplingParams(
-        temperature=draw(st.floats(0.05, 3)),
-        top_k=draw(st.sampled_from([0, 1, 2, 7, 50, 2000, 10_000, 10**20])),
-        top_p=draw(st.sampled_from([1.0]) | st.floats(0.01, 0.999)),
-        min_p=draw(st.sampled_from([0.0]) | st.floats(0.001, 1.0)),
-    )
-
-
-@given(
-    st.lists(filters(), min_size=1, max_size=5),
-    st.sampled_from([2, 60, PREFIX, PREFIX + 1, 5000]),
-    st.sampled_from([0.01, 1.0, 6.0]),
-    st.integers(0, 10_000),
-)
-def test_filters_are_transformers(rows: list[SamplingParams], vocab: int, spread: float, seed: int) -> None:
-    logits = spread * torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed))
-    ours = normalised(distribution(logits, rows))
-    for i, params in enumerate(rows):
-        theirs = in_transformers(logits[i : i + 1].clone(), params)[0]
-        # Sums to the edge of top_p round differently: a word exactly there may be in or out.
-        different = (ours[i] > 0) != (theirs > 0)
-        assert different.sum() <= 1, f"{params}: {int((ours[i] > 0).sum())} words, {int((theirs > 0).sum())}"
-        if not different.any():
-            torch.testing.assert_close(ours[i], theirs, rtol=1e-4, atol=1e-7)
-
-
-def test_filters_keep_what_is_as_likely_as_the_last_one_kept() -> None:
-    logits = torch.tensor([[2.0, 1.0, 3.0, 1.0, 0.0]])
-    assert (distribution(logits, [SamplingParams(top_k=3)]) > 0).tolist() == [[True, True, True, True, False]]
-    assert (distribution(logits, [SamplingParams(top_k=2)]) > 0).tolist() == [
-        [True, False, True, False, False]
-    ]
-
-
-def test_top_p_sees_only_what_top_k_left() -> None:
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    # Of the two that are left, the first holds 4/7 > 0.55; of all four, 0.4 < 0.55 would let the second in.
-    assert (distribution(logits, [SamplingParams(top_k=2, top_p=0.55)]) > 0).tolist() == [
-        [True] + 3 * [False]
-    ]
-    assert (distribution(logits, [SamplingParams(top_p=0.55)]) > 0).tolist() == [[True, True, False, False]]
-
-
-@pytest.mark.parametrize("min_p", [0.0, 0.95])
-def test_top_p_is_a_share_of_what_a_long_top_k_leaves(min_p: float) -> None:
-    """The prefix alone does not tell how much that is, even where top_p or min_p cut within it."""
-    logits = torch.linspace(1.0, 0.5, 1200).log().unsqueeze(0)
-    params = SamplingParams(top_k=1000, top_p=0.2, min_p=min_p)
-    kept = int((distribution(logits, [params]) > 0).sum())
-    assert kept == int((in_transformers(logits, params) > 0).sum()) and 100 < kept < PREFIX
-
-
-def test_without_filters_nothing_is_ruled_out() -> None:
-    logits = torch.randn(2, 3 * PREFIX)
-    rows = [SamplingParams(), SamplingParams(top_p=0.5)]  # together with one that filters, too
-    torch.testing.assert_close(distribution(logits, rows)[0], logits[0].softmax(-1))
-    assert (distribution(logits, rows)[1] > 0).sum() < 3 * PREFIX
-
-
-def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
-    logits = torch.randn(1, 3 * PREFIX)
-    assert torch.equal(distribution(logits, [SamplingParams(top_k=10**20)]), logits.softmax(-1))
-
 
 # Penalties ----------------------------------------------------------------------------------------------
 
@@ -172,18 +79,6 @@ def test_until_there_are_min_tokens_nothing_ends_the_text(temperature: float) ->
 # The draw -----------------------------------------------------------------------------------------------
 
 
-def test_draws_are_in_proportion() -> None:
-    weights = torch.tensor([[0.0, 3.0, 1.0, 0.0, 4.0, 0.0]])
-    places = draw(weights.expand(8000, -1), [(i + 0.5) / 8000 for i in range(8000)])
-    assert torch.bincount(places, minlength=6).tolist() == [0, 3000, 1000, 0, 4000, 0]
-
-
-def test_draws_at_the_ends_never_take_what_is_ruled_out() -> None:
-    weights = torch.tensor([[0.0, 0.1, 0.2, 0.0]])
-    assert draw(weights, [0.0]).item() == 1
-    assert draw(weights, [1 - 2.0**-48]).item() == 2
-
-
 def test_samples_follow_the_distribution() -> None:
     params = SamplingParams(temperature=0.8, top_k=4)
     logits = torch.tensor([[0.3, 1.0, -0.5, 0.0, 2.0, -3.0]])
@@ -192,7 +87,7 @@ def test_samples_follow_the_distribution() -> None:
     counts = torch.zeros(6)
     for _ in range(n):
         counts[sample(logits, [sampler])[0].token_id] += 1
-    expected = normalised(distribution(logits, [params]))[0]
+    expected = (logits[0] / 0.8).masked_fill(logits[0] < 0.0, -torch.inf).softmax(-1)  # the four likeliest
     assert ((counts > 0) == (expected > 0)).all()
     # Within five standard deviations of a binomial count.
     assert ((counts / n - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all(), counts / n
@@ -262,9 +157,9 @@ def test_not_a_number(value: float) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("max_tokens", 0, "a whole number at least 1, or None"),
-        ("max_tokens", 2.5, "a whole number at least 1, or None"),
-        ("max_tokens", True, "a whole number at least 1, or None"),
+        ("max_tokens", -1, "a whole number at least 0, or None"),
+        ("max_tokens", 2.5, "a whole number at least 0, or None"),
+        ("max_tokens", True, "a whole number at least 0, or None"),
         ("min_tokens", -1, "a whole number at least 0"),
         ("min_tokens", None, "a whole number at least 0"),
         ("ignore_eos", 1, "True or False"),
@@ -314,6 +209,27 @@ def test_params_are_checked_again_when_replaced_and_compare_by_value() -> None:
     params = SamplingParams(stop="end", stop_token_ids=[5])
     assert params == SamplingParams(stop=["end"], stop_token_ids=(5,))
     assert len({params, SamplingParams(stop=["end"], stop_token_ids=(5,))}) == 1
-    assert SamplingParams(top_k=-1).top_k == -1 and not SamplingParams(top_k=-1).filters
+    assert SamplingParams(top_k=-1).top_k == -1
+    assert len({SamplingParams(logit_bias={5: 1.0}), SamplingParams(logit_bias={5: 1.0})}) == 1
     with pytest.raises(UserError, match="top_p"):
         replace(params, top_p=2.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"n": 0}, "n is 0: it must be a whole number at least 1 and at most 128"),
+        ({"logit_bias": [1]}, r"logit_bias is \[1\]: it must be a dict"),
+        ({"logit_bias": {-1: 0.0}}, "logit_bias has -1: each must be a token id"),
+        ({"logit_bias": {"5": 0.0}}, "logit_bias has '5'"),
+        ({"logit_bias": {5: 101}}, "logit_bias of token 5 is 101: it must be -100 to 100"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias of token 5 is nan"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids has True"),
+        ({"structured": "json"}, "structured is a str"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+    ],
+)
+def test_what_the_newer_params_refuse(wrong: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        SamplingParams(**wrong)  # type: ignore[arg-type]

@@ -45,4 +45,4 @@ def test_greedy_ends_before_an_end() -> None:
 
 def test_a_long_prompt_has_no_gradient() -> None:
     read = Prefix(model(), PROMPT, room=2)
-    assert not any(layer.requires_grad for layer in read._cache.layers)
+    assert not any(layer.requires_grad for layer in read._cache)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsv3.config import ModelConfig
-from dsv3.model import FlatBatch, Span, Transformer
+from dsv3.model import FlatBatch, Piece, Transformer
 from dsv3.model.layers import RMSNorm
 from dsv3.model.moe import Gate, MoE
 
@@ -82,48 +82,31 @@ def transformers_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 class LatentCache:
-    """The least that an engine does: rows of latents, and flat batches of new tokens over them.
+    """The least that an engine does: blocks of latents in any order, and flat batches of new tokens over them.
 
     What was never written is garbage of large numbers, so that a position that should be masked shows.
     """
 
-    def __init__(self, model: Transformer, rows: int, capacity: int) -> None:
+    def __init__(self, model: Transformer, rows: int, capacity: int, size: int = 8) -> None:
         self.model = model
-        size = (rows, capacity, model.config.latent_dim)
-        self.layers = [100 * torch.randn(size) for _ in range(model.config.num_hidden_layers)]
+        each = -(-capacity // size)
+        shape = (rows * each, size, model.config.latent_dim)
+        layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
+        self.layers = [100 * torch.randn(shape) for _ in range(layers)]
+        self.tables = torch.randperm(rows * each).view(rows, each).tolist()
         self.lengths = [0] * rows
 
-    def step(self, new: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Add tokens to rows: {row: ids [new]} to {row: logits [new, vocab]}.
+    def lay(self, new: dict[int, int]) -> FlatBatch:
+        """A batch of so many new tokens for each row; short ones must come first."""
+        pieces = [Piece(self.tables[row], self.lengths[row], count) for row, count in new.items()]
+        for row, count in new.items():
+            self.lengths[row] += count
+        return FlatBatch.lay(pieces, self.layers, short=1)
 
-        Rows 0, 1, ... are decoded for as long as they add one token; every other row adds a span.
-        """
-        rows = sorted(new)
-        decoding = 0
-        while decoding < len(rows) and rows[decoding] == decoding and len(new[decoding]) == 1:
-            decoding += 1
-        positions, spans, start = [], [], 0
-        for row in rows:
-            count, past = len(new[row]), self.lengths[row]
-            positions += range(past, past + count)
-            if row >= decoding:
-                spans.append(Span(slice(start, start + count), row, past + count))
-            start += count
-            self.lengths[row] = past + count
-        contexts = torch.tensor(self.lengths[:decoding])
-        longest = max(self.lengths[:decoding], default=0)
-        mask = None
-        if decoding and bool((contexts != longest).any()):
-            mask = (torch.arange(longest) < contexts[:, None])[:, None]
-        batch = FlatBatch(
-            positions=torch.tensor(positions),
-            rows=torch.tensor([row for row in rows for _ in new[row]]),
-            cache=self.layers,
-            decoding=decoding,
-            spans=tuple(spans),
-            decoding_context=longest,
-            decoding_mask=mask,
-        )
+    def step(self, new: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Add tokens to rows: {row: ids [new]} to {row: logits [new, vocab]}."""
+        rows = sorted(new, key=lambda row: (len(new[row]) > 1, row))
+        batch = self.lay({row: len(new[row]) for row in rows})
         with torch.no_grad():
             hidden = self.model.forward_flat(torch.cat([new[row] for row in rows]), batch)
             logits = self.model.lm_head(hidden).split([len(new[row]) for row in rows])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv3.config import PRESETS, ModelConfig, YarnConfig
-from dsv3.model import FlatBatch, Span
+from dsv3.model import FlatBatch, Piece
 from dsv3.model.attention import LatentAttention
 from dsv3.model.rope import Rope
 from tests.model.reference import TOLERANCE, LatentCache, assert_close, random_ids, random_model
@@ -43,24 +43,15 @@ def over_cache(
     config: ModelConfig,
     pieces: list[Tensor],
     cache: Tensor,
-    row: int = 0,
-    decode: bool = False,
+    table: list[int],
+    short: int = 0,
 ) -> Tensor:
-    """The same in pieces over a cache [rows, capacity, latent], as spans or as decoding rows of one token."""
+    """The same in pieces over a cache [blocks, size, latent]; those of up to `short` tokens read blocks."""
     rope, past, outs = Rope(config), 0, []
     for piece in pieces:
-        positions = torch.arange(past, past + len(piece))
+        batch = FlatBatch.lay([Piece(table, past, len(piece))], [cache], short)
         past += len(piece)
-        batch = FlatBatch(
-            positions=positions,
-            rows=torch.full_like(positions, row),
-            cache=[cache],
-            decoding=int(decode),
-            spans=() if decode else (Span(slice(0, len(piece)), row, past),),
-            decoding_context=past,
-            decoding_mask=None,
-        )
-        outs.append(layer(piece, rope, rope(positions), batch=batch))
+        outs.append(layer(piece, rope, rope(batch.positions), batch=batch))
     return torch.cat(outs)
 
 
@@ -72,7 +63,6 @@ def over_cache(
     config=v3_configs(),
     compressed=st.booleans(),
     yarn=st.none() | yarns(),
-    batch=st.integers(1, 3),
     context=st.integers(1, 40),
     last=st.integers(1, 40),
     seed=SEEDS,
@@ -81,7 +71,6 @@ def test_absorbed_equals_plain(
     config: ModelConfig,
     compressed: bool,
     yarn: YarnConfig | None,
-    batch: int,
     context: int,
     last: int,
     seed: int,
@@ -90,28 +79,26 @@ def test_absorbed_equals_plain(
     config = config.replace(q_lora_rank=10 if compressed else None, rope_scaling=yarn)
     layer, rope = layer_of(config, seed), Rope(config)
     queries = min(last, context)
-    x = inputs(config, batch, context, seed=seed)
+    x = inputs(config, context, seed=seed)
     q_nope, q_rope, latents = layer._project(x, rope, rope(torch.arange(context)))
-    q = q_nope[:, -queries:], q_rope[:, -queries:]
-    mask = torch.ones(context, context, dtype=torch.bool).tril()[-queries:][None]
-    plain = layer._plain(*q, latents, mask[:, None])
+    q = q_nope[-queries:], q_rope[-queries:]
+    mask = torch.ones(context, context, dtype=torch.bool).tril()[-queries:]
+    plain = layer._plain(*q, latents, mask)
     absorbed = layer._absorbed(*q, latents, mask)
     assert_close(absorbed, plain, what=config)
     if queries == context:
         assert_close(layer._plain(*q, latents, None), plain)
-    if queries == 1:
-        assert_close(layer._absorbed(*q, latents, None), plain)
 
 
 def test_both_forms_in_bfloat16_are_near_float32() -> None:
     config = PRESETS["tiny"]
     layer, rope = layer_of(config), Rope(config)
-    x, angles = inputs(config, 1, 12), rope(torch.arange(12))
-    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None]
-    exact = layer._plain(*layer._project(x, rope, angles), mask[:, None])
+    x, angles = inputs(config, 12), rope(torch.arange(12))
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    exact = layer._plain(*layer._project(x, rope, angles), mask)
     half = layer.to(torch.bfloat16)
     projected = half._project(x.bfloat16(), rope, angles)
-    for out in (half._plain(*projected, mask[:, None]), half._absorbed(*projected, mask)):
+    for out in (half._plain(*projected, mask), half._absorbed(*projected, mask)):
         assert out.dtype == torch.bfloat16
         assert ((out.float() - exact).norm() / exact.norm()).item() < 0.03
 
@@ -145,13 +132,14 @@ def test_spans_take_either_form_and_agree(monkeypatch: pytest.MonkeyPatch) -> No
         form = getattr(layer, name)
         monkeypatch.setattr(layer, name, lambda *a, name=name, form=form: (taken.append(name), form(*a))[1])
     x = inputs(config, 70)
-    cache = torch.full((1, 70, config.latent_dim), 1e4)
-    ours = over_cache(layer, config, list(x.split([5, 15, 16, 1, 33])), cache)
+    cache = torch.full((7, 10, config.latent_dim), 1e4)
+    table = [4, 2, 6, 0, 1, 5, 3]
+    ours = over_cache(layer, config, list(x.split([5, 15, 16, 1, 33])), cache, table)
     assert taken == ["_plain", "_absorbed", "_plain", "_absorbed", "_plain"]
     assert_close(ours, whole(layer, config, x))
     taken.clear()
-    decoded = over_cache(layer, config, list(x.split(1)), cache, decode=True)
-    assert set(taken) == {"_absorbed"}
+    decoded = over_cache(layer, config, list(x.split(1)), cache, table, short=1)
+    assert not taken, "single tokens read the blocks as they lie"
     assert_close(decoded, ours)
 
 
@@ -161,43 +149,36 @@ def test_spans_take_either_form_and_agree(monkeypatch: pytest.MonkeyPatch) -> No
 @settings(max_examples=60)
 @given(config=v3_configs(), cuts=st.sets(st.integers(1, 39)), form=st.booleans() | st.none(), seed=SEEDS)
 def test_chunks_equal_the_whole(config: ModelConfig, cuts: set[int], form: bool | None, seed: int) -> None:
-    """Wherever a prompt is cut, whichever form its spans take, in whichever row of a cache full of garbage."""
+    """Wherever a prompt is cut, whichever form its spans take, in whichever blocks of a cache full of garbage."""
     layer = layer_of(config, seed)
     x = inputs(config, 40, seed=seed)
     edges = [0, *sorted(cuts), 40]
     pieces = [x[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    cache = torch.full((3, 43, config.latent_dim), 1e4)
+    cache = torch.full((18, 7, config.latent_dim), 1e4)
+    table = random.Random(seed).sample(range(18), 6)
     with pytest.MonkeyPatch.context() as patch:
         if form is not None:
             patch.setattr(layer, "_absorbed_is_cheaper", lambda new: form)
-        ours = over_cache(layer, config, pieces, cache, row=seed % 3)
+        ours = over_cache(layer, config, pieces, cache, table, short=seed % 4)
     assert_close(ours, whole(layer, config, x), what=config)
-    others = [row for row in range(3) if row != seed % 3]
-    assert (cache[others] == 1e4).all() and (cache[seed % 3, 40:] == 1e4).all()
+    others = [block for block in range(18) if block not in table]
+    assert (cache[others] == 1e4).all() and (cache[table[-1], 40 - 42 :] == 1e4).all()
 
 
 @settings(max_examples=40)
 @given(config=v3_configs(), lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4), seed=SEEDS)
-def test_decoding_rows_of_unequal_length(config: ModelConfig, lengths: list[int], seed: int) -> None:
+def test_decoding_sequences_of_unequal_length(config: ModelConfig, lengths: list[int], seed: int) -> None:
     """One more token for each of several sequences, masked up to the longest; garbage behind every one."""
     layer, rope = layer_of(config, seed), Rope(config)
-    longest = max(lengths) + 1
-    cache = torch.full((len(lengths), longest + 2, config.latent_dim), 1e4)
+    blocks = list(range(4 * len(lengths)))
+    random.Random(seed).shuffle(blocks)
+    tables = [blocks[4 * i : 4 * i + 4] for i in range(len(lengths))]
+    cache = torch.full((len(blocks), 6, config.latent_dim), 1e4)
     xs = [inputs(config, n + 1, seed=seed + i) for i, n in enumerate(lengths)]
-    for row, x in enumerate(xs):
-        if lengths[row]:
-            over_cache(layer, config, [x[:-1]], cache, row)
-    context = torch.tensor(lengths) + 1
-    mask = (torch.arange(longest) < context[:, None])[:, None]
-    batch = FlatBatch(
-        positions=torch.tensor(lengths),
-        rows=torch.arange(len(lengths)),
-        cache=[cache],
-        decoding=len(lengths),
-        spans=(),
-        decoding_context=longest,
-        decoding_mask=None if bool(mask.all()) else mask,
-    )
+    for table, x in zip(tables, xs, strict=True):
+        if len(x) > 1:
+            over_cache(layer, config, [x[:-1]], cache, table)
+    batch = FlatBatch.lay([Piece(t, n, 1) for t, n in zip(tables, lengths, strict=True)], [cache])
     ours = layer(torch.stack([x[-1] for x in xs]), rope, rope(batch.positions), batch=batch)
     for row, x in enumerate(xs):
         alone = whole(layer, config, x)[-1]
@@ -209,19 +190,10 @@ def test_garbage_in_empty_places_changes_not_a_bit() -> None:
     layer, rope = layer_of(config), Rope(config)
     outs = []
     for garbage in (0.0, -1e30, 1e30):
-        cache = torch.full((3, 12, config.latent_dim), garbage)
-        over_cache(layer, config, [inputs(config, 3)], cache, row=0)
-        over_cache(layer, config, [inputs(config, 8)], cache, row=1)
-        mask = torch.arange(9) < torch.tensor([[[4]], [[9]]])
-        batch = FlatBatch(
-            positions=torch.tensor([3, 8, 0, 1]),
-            rows=torch.tensor([0, 1, 2, 2]),
-            cache=[cache],
-            decoding=2,
-            spans=(Span(slice(2, 4), 2, 2),),
-            decoding_context=9,
-            decoding_mask=mask,
-        )
+        cache = torch.full((9, 4, config.latent_dim), garbage)
+        over_cache(layer, config, [inputs(config, 3)], cache, [7])
+        over_cache(layer, config, [inputs(config, 8)], cache, [3, 0, 5])
+        batch = FlatBatch.lay([Piece([7], 3, 1), Piece([3, 0, 5], 8, 1), Piece([2], 0, 2)], [cache], short=1)
         outs.append(layer(inputs(config, 4, seed=5), rope, rope(batch.positions), batch=batch))
     assert outs[0].isfinite().all()
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +18,7 @@ from dsv3.checkpoint.hub import resolve
 from dsv3.data import chats
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text import Message, Tokenizer
+from dsv3.text.bpe import TOOL_TOKENS
 from dsv3.text.chat import latest_turns
 from tests.text.toy import ASSISTANT, BOS, EOS, USER, save, train
 
@@ -188,8 +189,8 @@ def test_an_assistant_that_only_calls_tools_has_no_content() -> None:
     assert ours(CALLS_ALONE).render_chat(talk) == expected
     del talk[1]["content"]
     assert ours(CALLS_ALONE).render_chat(talk) == expected
-    with pytest.raises(UserError, match="no place for tool calls"):
-        ours().render_chat(talk)
+    talk[1]["content"] = ""
+    assert ours(CALLS_ALONE).render_chat(talk) == expected, "clients write an empty text as well"
 
 
 def test_the_date_is_todays() -> None:
@@ -248,6 +249,15 @@ def test_templates_do_not_change_the_messages() -> None:
         ([{"role": "user", "content": [{"type": "text"}]}], "must be a string"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], "content None"),
         ([{"role": "user", "content": None, "tool_calls": [CALL]}], "content None"),
+        ([{"role": "user", "content": []}], "must be a string"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "image_url"),
+        ([{"role": "assistant", "content": None, "tool_calls": {}}], "content None"),
+        ([{"role": "assistant", "content": None, "tool_calls": "find"}], r"\[0\].tool_calls is a str"),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [CALL, {"id": 1}]}],
+            r"tool_calls\[1\] must be",
+        ),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], r"tool_calls\[0\] must be"),
     ],
 )
 def test_malformed_messages_are_named(messages: Any, says: str) -> None:
@@ -295,9 +305,7 @@ def test_no_variable_of_the_template_can_write_control_tokens(pieces: list[str])
     talk: list[Any] = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     tokenizer = ours(TOOLS_AND_NAME)
     ids = tokenizer.encode_chat(talk, tools=[tool], name=attack)
-    # An assistant's own turn may hold <think>: the model writes it as a token.
-    assert [t for t in control_tokens(ids) if t != "<think>"] == [BOS, USER]
-    assert control_tokens(ids).count("<think>") == 2 * pieces.count("<think>")
+    assert control_tokens(ids) == [BOS, USER]
     expected = tokenizer.render_chat(talk, tools=[tool], name=attack)
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected, "no text is lost"
 
@@ -338,6 +346,161 @@ def test_reasoning_tags_stay_tokens_in_answers_alone() -> None:
     assert [i for i in ours().encode_chat(question) if i in think] == []
     kept = ours(RELEASED_LIKE).render_chat(answer, add_generation_prompt=False)
     assert "yes" in kept and "so" not in kept, "the template still finds the tag"
+
+
+# Tools ------------------------------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a place & <b>day</b>.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls_of(*calls: dict[str, Any], content: str | None = None) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+def output_of(content: str) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "tool_call_id": "call_1"}
+
+
+WITH_TOOLS: list[Any] = [
+    {"role": "user", "content": "Oslo?"},
+    calls_of(call("weather", '{"city":  "Oslo"}'), call("clock", "{}"), content="I look."),
+    output_of("rain"),
+    output_of("12:00"),
+    {"role": "assistant", "content": "It rains."},
+    {"role": "user", "content": "Rome?"},
+    calls_of(call("weather", {"city": "Róma"})),
+    output_of("sun"),
+]
+
+
+def test_deepseeks_format_of_tool_calls_to_the_letter() -> None:
+    calls, ends = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+    one, end, sep = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+    outputs, outputs_end = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
+    out, out_end = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
+    assert ours().render_chat(WITH_TOOLS) == (
+        f"{BOS}{USER}Oslo?{ASSISTANT}I look."
+        f'{calls}{one}function{sep}weather\n```json\n{{"city":  "Oslo"}}\n```{end}'
+        f"\n{one}function{sep}clock\n```json\n{{}}\n```{end}{ends}{EOS}"
+        f"{outputs}{out}rain{out_end}\n{out}12:00{out_end}{outputs_end}It rains.{EOS}"
+        f"{USER}Rome?{ASSISTANT}"
+        f'{calls}{one}function{sep}weather\n```json\n{{"city": "Róma"}}\n```{end}{ends}{EOS}'
+        f"{outputs}{out}sun{out_end}{outputs_end}"
+    )
+    again = ours().render_chat([*WITH_TOOLS, {"role": "user", "content": "?"}])
+    assert again.endswith(f"{outputs_end}{USER}?{ASSISTANT}")
+
+
+@pytest.mark.parametrize("system", [None, "You are a fox."])
+def test_tools_are_described_after_the_system_text(system: str | None) -> None:
+    talk: list[Any] = [{"role": "user", "content": "Oslo?"}]
+    talk = talk if system is None else [{"role": "system", "content": system}, *talk]
+    text = ours().render_chat(talk, tools=[WEATHER, CLOCK])
+    assert text.startswith(BOS + (f"{system}\n\n" if system else "") + "## Tools\n")
+    assert "### weather\n\nThe weather of a place & <b>day</b>.\n\nParameters: {" in text
+    assert json.dumps(WEATHER["function"]["parameters"]) in text  # type: ignore[index]
+    assert "### clock\n\nParameters: {}\n" in text
+    assert (
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```<｜tool▁call▁end｜>" in text
+    )
+    assert text.endswith(f"{USER}Oslo?{ASSISTANT}")
+    assert ours().render_chat(talk, tools=[]) == ours().render_chat(talk)
+
+
+# As DeepSeek-V3.1's own template has it: nothing about `tools`, calls without kind and fence.
+BARE_CALLS = (
+    "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% endfor %}{{ bos_token }}{{ ns.system }}"
+    "{% for m in messages if m.role != 'system' %}{% for call in m.tool_calls or [] %}"
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{{ call['function']['name'] + '<｜tool▁sep｜>' + call.function.arguments }}"
+    "{% endfor %}<｜User｜>{{ m.content or '' }}{% endfor %}"
+)
+
+
+def test_tools_that_a_template_does_not_ask_about_are_described_all_the_same() -> None:
+    text = ours(BARE_CALLS).render_chat(TALK, tools=[WEATHER])
+    assert text.startswith(f"{BOS}You are a fox.\n\n## Tools\n")
+    assert "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>" in text
+    assert ours(BARE_CALLS).render_chat(TALK[1:], tools=[WEATHER]).startswith(f"{BOS}## Tools\n")
+    asks = "{{ tools[0]['function']['name'] }}"
+    assert ours(asks).render_chat(TALK, tools=[WEATHER]) == "weather"
+
+
+@pytest.mark.parametrize("write", ["function.arguments", "function.arguments | tojson"])
+def test_arguments_are_json_text_or_a_value_as_the_template_likes(write: str) -> None:
+    template = "{% for c in messages[0].tool_calls %}{{ 'a: ' + (c." + write + ") }}{% endfor %}"
+    assert ours(template).render_chat([calls_of(call("f", '{"a": ["b"]}'))]) == 'a: {"a": ["b"]}'  # type: ignore[list-item]
+    broken = ours(template).render_chat([calls_of(call("f", '{"a"'))])  # type: ignore[list-item]
+    assert broken in ('a: {"a"', 'a: "{\\"a\\""')
+
+
+def test_parts_of_text_are_text() -> None:
+    parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "are you?"}]
+    talk: list[Any] = [{"role": "user", "content": parts}]
+    assert ours().render_chat(talk) == f"{BOS}{USER}Who\nare you?{ASSISTANT}"
+    assert ours().encode_chat(talk) == ours().encode(ours().render_chat(talk))
+    none: list[Any] = [*TALK[:3], {**TALK[2], "tool_calls": None}, {**TALK[2], "tool_calls": []}]
+    assert ours().render_chat(none[3:]) == ours().render_chat([TALK[2]] * 2)
+
+
+def with_tool_tokens() -> Tokenizer:
+    backend = train()
+    backend.add_tokens([AddedToken(token, normalized=False) for token in TOOL_TOKENS])
+    return Tokenizer(backend, SPECIALS)
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize("template", [None, BARE_CALLS, "tojson"])
+@given(
+    pieces=st.lists(
+        st.sampled_from([USER, EOS, "</think>", *TOOL_TOKENS, "fox", "\U000f0000", "\\"]), min_size=1
+    )
+)
+@settings(max_examples=25)
+def test_no_tool_can_write_control_tokens(template: str | None, escaped: bool, pieces: list[str]) -> None:
+    """Names, descriptions, schemas, arguments and outputs, spelled out or in the escapes of JSON."""
+    template = (
+        BARE_CALLS.replace("call.function.arguments", "(call.function.arguments | tojson)")
+        if template == "tojson"
+        else template
+    )
+
+    def talk(attack: str) -> tuple[list[Any], list[Any]]:
+        arguments = json.dumps({attack: [attack]}, ensure_ascii=escaped)
+        if escaped:
+            arguments = arguments.replace("/", "\\/")
+        function = {"name": "f" + attack, "description": attack, "parameters": {attack: {"enum": [attack]}}}
+        return [
+            {"role": "user", "content": "?"},
+            calls_of(call("f" + attack, arguments)),
+            {**output_of(attack), "name": attack},
+        ], [{"type": "function", "function": function}]
+
+    tokenizer = with_tool_tokens()
+    tokenizer.chat_template = template
+    known = tokenizer.backend.get_added_tokens_decoder()
+    found = []
+    for text in ("".join(pieces), "x"):
+        messages, tools = talk(text)
+        ids = tokenizer.encode_chat(messages, tools=tools)
+        found.append([known[i].content for i in ids if i in known])
+        assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.render_chat(
+            messages, tools=tools
+        )
+    assert found[0] == found[1]
+    assert "<｜tool▁call▁begin｜>" in found[0], "what the template writes is tokens"
 
 
 # A chat that outgrows its context ---------------------------------------------------------------------------

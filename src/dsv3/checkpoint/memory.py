@@ -45,14 +45,20 @@ def cache_tokens(config: ModelConfig, dtype: torch.dtype, free: int) -> int:
     return int(free * CACHE_SHARE) // token_bytes(config, dtype)
 
 
+def fits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has the memory for a model of this shape and dtype, as far as it tells."""
+    free = free_memory(device)
+    return free is None or weight_bytes(config, dtype) <= free
+
+
 def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Raise CheckpointError if the device lacks the memory for a model of this shape and dtype.
 
     The alternatives are an allocation that fails halfway, or a kernel that ends the process.
     """
-    free, needed = free_memory(device), weight_bytes(config, dtype)
-    if free is None or needed <= free:
+    if fits(config, dtype, device):
         return
+    free, needed = free_memory(device) or 0, weight_bytes(config, dtype)
     halved = weight_bytes(config, torch.bfloat16)
     if halved < needed and halved <= free:
         advice = f"load it as bfloat16 ({size(halved)})"

@@ -1,65 +1,118 @@
-"""The latent cache: what the model keeps of the tokens it has been through.
+"""The latent cache: what the model keeps of the tokens it has been through, in blocks that sequences share.
 
 For each token and layer that is one latent, `kv_lora_rank + qk_rope_head_dim` numbers, instead of keys and
-values for every head (report, section 2.1.1). Here each running sequence has one row of a tensor
-[rows, capacity, latent_dim] per layer. Rows in use are always the first ones, so that decoding reads a view
-of the cache and copies nothing; the tensors grow, doubling, as sequences do, and nothing large is set aside
-before it is needed.
+values for every head (report, section 2.1.1). Latents lie in blocks of 64 tokens. A sequence takes blocks one by
+one as it grows and gives them back at its end, so no memory is set aside for what may never be said.
 
-The alternative is blocks of a few dozen tokens handed out one by one, which waste nothing on unequal lengths
-and can be shared by sequences that begin alike, at the price of an indirection in every read.
+A full block has a name: a hash of all tokens from the start of the text to its end, chained from block to block.
+Who begins with the same tokens finds the block by that name and shares it (`Sequence` after `Sequence` with one
+system prompt, turn after turn of one conversation). A block that nobody uses keeps its latents and its name until
+its memory is needed; the one unused for longest goes first.
 """
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from dsv3.config import ModelConfig
 
-FIRST_CAPACITY = 256
+BLOCK = 64
+"""Tokens per block: DeepSeek's and FlashMLA's."""
 
 
-class LatentCache:
-    """Rows of latents for up to `max_rows` sequences of up to `max_length` tokens."""
+def allocate(
+    config: ModelConfig, blocks: int, dtype: torch.dtype, device: torch.device, mtp: bool = False
+) -> list[Tensor]:
+    """Empty blocks for each layer, [blocks, 64, latent_dim]; `mtp` adds the layer of the first MTP module.
 
-    def __init__(
-        self, config: ModelConfig, max_rows: int, max_length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.max_rows, self.max_length = max_rows, max_length
-        empty = torch.zeros(0, 0, config.latent_dim, dtype=dtype, device=device)
-        self.layers = [empty] * config.num_hidden_layers
-        """For each layer [rows, capacity, latent_dim]."""
+    They are zeros, not whatever memory held: what is masked out is multiplied by 0, and 0 times NaN is NaN. On a CPU
+    the system hands memory out only as blocks are written.
+    """
+    shape = blocks, BLOCK, config.latent_dim
+
+    def zeros() -> Tensor:
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        same_size = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
+        return torch.from_numpy(np.zeros(shape, dtype=same_size)).view(dtype)
+
+    return [zeros() for _ in range(config.num_hidden_layers + mtp)]
+
+
+def chained_hash(before: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a block: of all that comes before it, and of its own tokens."""
+    return hashlib.blake2b(array("i", tokens).tobytes(), key=before, digest_size=16).digest()
+
+
+class BlockManager:
+    """Which blocks are free, who else uses the others, and what is in them."""
+
+    def __init__(self, blocks: int) -> None:
+        self.total = blocks
+        self._users = [0] * blocks
+        self._names: list[bytes | None] = [None] * blocks
+        self._by_name: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))
+        """In the order in which they will be used again."""
+        self.drafted = [False] * blocks
+        """Whether a block holds latents of the MTP module too."""
 
     @property
-    def rows(self) -> int:
-        return self.layers[-1].shape[0]
+    def free(self) -> int:
+        """Blocks that nobody uses, remembered ones included."""
+        return len(self._free)
 
     @property
-    def capacity(self) -> int:
-        """Tokens that fit in a row now."""
-        return self.layers[-1].shape[1]
+    def used(self) -> int:
+        return self.total - len(self._free)
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room for `length` tokens in each of `rows` rows, keeping what is there.
+    def take(self) -> int:
+        """A block to write into. There must be a free one."""
+        block, _ = self._free.popitem(last=False)
+        name = self._names[block]
+        if name is not None:
+            del self._by_name[name]
+            self._names[block] = None
+        self._users[block] = 1
+        self.drafted[block] = False
+        return block
 
-        Layer by layer, the last one last: where memory runs out on the way, rows and capacity are still the
-        old ones and everything in them is whole.
-        """
-        old_rows, old_capacity = self.rows, self.capacity
-        if rows <= old_rows and length <= old_capacity:
-            return
-        if rows > old_rows:
-            rows = min(max(rows, 2 * old_rows), self.max_rows)
-        if length > old_capacity:
-            length = min(max(length, 2 * old_capacity, FIRST_CAPACITY), self.max_length)
-        rows, length = max(rows, old_rows), max(length, old_capacity)
-        for i, old in enumerate(self.layers):
-            # Zeros, not whatever memory held: what is masked out is multiplied by 0, and 0 times NaN is NaN.
-            new = old.new_zeros(rows, length, old.shape[2])
-            new[:old_rows, :old_capacity] = old[:old_rows, :old_capacity]
-            self.layers[i] = new
+    def find(self, name: bytes) -> int | None:
+        """The block of this name, if it is still there."""
+        return self._by_name.get(name)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a row over another."""
-        for layer in self.layers:
-            layer[target, :length] = layer[source, :length]
+    def is_free(self, block: int) -> bool:
+        return not self._users[block]
+
+    def share(self, block: int) -> None:
+        """One more user for a block that was found."""
+        if not self._users[block]:
+            del self._free[block]
+        self._users[block] += 1
+
+    def name(self, block: int, name: bytes) -> None:
+        """Say what a block holds now that it is full. Where another block has this name, that one keeps it."""
+        if self._names[block] is None and name not in self._by_name:
+            self._names[block] = name
+            self._by_name[name] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give blocks of a sequence back. The beginning, which others may want, is kept longest."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free[block] = None
+                if self._names[block] is None:  # nothing to remember
+                    self._free.move_to_end(block, last=False)
+
+    def forget(self) -> None:
+        """Drop all names: nothing that is here now will be found again."""
+        self._by_name.clear()
+        self._names = [None] * self.total

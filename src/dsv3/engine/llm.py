@@ -26,9 +26,11 @@ from typing import Any, TypeGuard
 
 import torch
 
+from dsv3.checkpoint.memory import fits
 from dsv3.checkpoint.pretrained import DeepseekV3, locate
+from dsv3.checkpoint.reader import read_config
 from dsv3.config import read_optional_json
-from dsv3.engine.engine import Engine
+from dsv3.engine.engine import Engine, Speculation
 from dsv3.engine.machine import choose_device, choose_dtype
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
 from dsv3.engine.sequence import FinishReason, Sequence
@@ -41,13 +43,11 @@ Prompt = str | Seq[int] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """What came of one prompt; in a stream, what has come so far."""
+class CompletionOutput:
+    """One answer to a prompt; in a stream, what has come of it so far."""
 
-    prompt: str | None
-    """The prompt's text, a chat's as the template renders it; None where token ids were given."""
-    prompt_token_ids: list[int]
-    """The same list in all outputs of a stream."""
+    index: int
+    """Which of the request's n answers."""
     text: str
     """Without special tokens, and up to the stop string if there was one."""
     token_ids: list[int]
@@ -55,15 +55,53 @@ class RequestOutput:
     finish_reason: FinishReason | None
     """"stop": an end-of-text token or a stop of the request; "length": max_tokens or the context's end;
     None: not finished yet."""
+    stop_reason: int | str | None = None
+    """The request's own stop token or stop string that ended it."""
     logprobs: list[TokenLogprobs] | None = None
     """One for each of token_ids, where asked for."""
-    delta: str = field(default="", repr=False)
-    """In a stream, the text that is new; all deltas in a row are the text."""
 
     @property
     def cumulative_logprob(self) -> float | None:
         """The log-probability of the whole output, where asked for."""
         return None if self.logprobs is None else sum(token.logprob for token in self.logprobs)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What came of one prompt; in a stream, what has come so far. What is said of no answer is the first one's."""
+
+    prompt: str | None
+    """The prompt's text, a chat's as the template renders it; None where token ids were given."""
+    prompt_token_ids: list[int]
+    """The same list in all outputs of a stream."""
+    outputs: list[CompletionOutput]
+    """The n answers."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One for each of prompt_token_ids, where asked for; nothing is known of the first."""
+    cached_tokens: int = 0
+    """How many tokens of the prompt were found in the cache."""
+    delta: str = field(default="", repr=False)
+    """In a stream, the text that is new; all deltas in a row are the text."""
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.outputs[0].logprobs
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        return self.outputs[0].cumulative_logprob
 
 
 class LLM:
@@ -81,14 +119,19 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         max_model_len: int | None = None,
-        max_num_seqs: int = 8,
+        max_num_seqs: int = 64,
+        max_batched_tokens: int = 2048,
+        cache_tokens: int | None = None,
+        prefix_caching: bool = True,
+        speculation: Speculation = "auto",
+        deterministic: bool = False,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
         """model: "nano", a checkpoint folder, a hub id, or a Transformer already in place with its tokenizer.
 
         dtype "auto" is bfloat16 where the hardware multiplies it, else float32; device "auto" is the GPU if
-        there is one. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit; from
+        there is one; speculation "auto" loads the MTP modules if they fit as well. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit; from
         the hub it is not even downloaded.
         """
         self.default_params = SamplingParams()
@@ -98,7 +141,8 @@ class LLM:
             folder = locate(model, number, place)
             tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
             self.default_params = read_generation_config(folder)
-            model = DeepseekV3.from_pretrained(folder, number, place, progress, mtp=False)
+            mtp = speculation != "off" and (speculation != "auto" or fits(read_config(folder), number, place))
+            model = DeepseekV3.from_pretrained(folder, number, place, progress, mtp=mtp)
         elif tokenizer is None:
             raise UserError("tokenizer is None: a model that is not a checkpoint folder needs one given")
         self.model = model
@@ -109,6 +153,11 @@ class LLM:
             end_ids=tokenizer.eos_token_ids,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_batched_tokens=max_batched_tokens,
+            cache_tokens=cache_tokens,
+            prefix_caching=prefix_caching,
+            speculation=speculation,
+            deterministic=deterministic,
             seed=seed,
         )
 
@@ -195,7 +244,8 @@ class LLM:
                 f"there are {len(each)} sampling_params for {len(prompts)} prompts: give one, or one each"
             )
         # All are checked before the first is added: a wrong one costs nobody anything.
-        sequences = [self.engine.sequence(ids, p) for (_, ids), p in zip(prompts, each, strict=True)]
+        requests = [self.engine.sequences(ids, p) for (_, ids), p in zip(prompts, each, strict=True)]
+        sequences = [sequence for request in requests for sequence in request]
         try:
             for sequence in sequences:
                 self.engine.add(sequence)
@@ -205,12 +255,16 @@ class LLM:
         finally:
             for sequence in sequences:
                 self.engine.abort(sequence)
-        return [_output(text, sequence) for (text, _), sequence in zip(prompts, sequences, strict=True)]
+        return [_output(text, request) for (text, _), request in zip(prompts, requests, strict=True)]
 
     def _follow(
         self, text: str | None, prompt_ids: list[int], params: SamplingParams | None
     ) -> Generator[RequestOutput, None, None]:
-        sequence = self.engine.sequence(prompt_ids, self.default_params if params is None else params)
+        params = self.default_params if params is None else params
+        request = self.engine.sequences(prompt_ids, params)
+        if len(request) > 1:
+            raise UserError(f"n is {params.n}: a stream is of one answer; use generate or chat for several")
+        (sequence,) = request
 
         def pieces() -> Generator[RequestOutput, None, None]:
             shown = 0
@@ -219,7 +273,7 @@ class LLM:
                 while True:
                     if not sequence.finished and len(sequence.output.text) == shown:
                         self.engine.step()
-                    output = _output(text, sequence, shown)
+                    output = _output(text, request, shown)
                     shown = len(output.text)
                     if output.delta or sequence.finished:
                         yield output
@@ -231,15 +285,25 @@ class LLM:
         return pieces()
 
 
-def _output(prompt: str | None, sequence: Sequence, shown: int = 0) -> RequestOutput:
+def _output(prompt: str | None, request: list[Sequence], shown: int = 0) -> RequestOutput:
+    first = request[0]
     return RequestOutput(
         prompt=prompt,
-        prompt_token_ids=sequence.prompt_ids,
-        text=sequence.output.text,
-        token_ids=sequence.output_ids,
-        finish_reason=sequence.finish_reason,
-        logprobs=None if sequence.params.logprobs is None else list(sequence.logprobs),
-        delta=sequence.output.text[shown:],
+        prompt_token_ids=first.prompt_ids,
+        outputs=[
+            CompletionOutput(
+                index=index,
+                text=sequence.output.text,
+                token_ids=sequence.output_ids,
+                finish_reason=sequence.finish_reason,
+                stop_reason=sequence.stop_reason,
+                logprobs=None if sequence.params.logprobs is None else list(sequence.logprobs),
+            )
+            for index, sequence in enumerate(request)
+        ],
+        prompt_logprobs=None if first.params.prompt_logprobs is None else list(first.prompt_logprobs),
+        cached_tokens=first.cached_tokens,
+        delta=first.output.text[shown:],
     )
 
 

@@ -1,85 +1,68 @@
-"""The model's side of a step: from a schedule to logits.
+"""The model's side of a step: from pieces of sequences to hidden states and logits.
 
-New tokens of all scheduled sequences are laid end to end, decoding ones first (`FlatBatch`), and go through
-the layers together, so that each weight is read once for all of them. The head is applied only where a token
-will be sampled: at every decoding token, and at the last token of a prompt.
+New tokens of all scheduled sequences are laid end to end (`FlatBatch`) and go through the layers together, so that each
+weight is read once for all of them. The head is applied only where something is to be chosen or reported.
 """
 
 from __future__ import annotations
 
-from itertools import compress
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
-from dsv3.engine.cache import LatentCache
-from dsv3.engine.scheduler import Schedule
-from dsv3.engine.sequence import Sequence
-from dsv3.model import FlatBatch, Span, Transformer
+from dsv3.model import FlatBatch, Piece, Transformer
+from dsv3.model.flat import SHORT
 
 
 class ModelRunner:
-    """Runs schedules through one model and one cache, on the model's device."""
+    """Runs pieces through one model and one cache, on the model's device."""
 
-    def __init__(self, model: Transformer, cache: LatentCache) -> None:
+    def __init__(self, model: Transformer, cache: list[Tensor], alone: bool = False) -> None:
+        """cache: for each layer, and the first MTP module's after them; alone: pieces go one by one, for results
+        that do not depend on what else is in the batch where kernels do not see to that."""
         self.model = model
         self.cache = cache
-        self.device = cache.layers[0].device
-        self._counting = torch.arange(max(cache.max_length, cache.max_rows), device=self.device)
+        self.alone = alone
 
-    @torch.inference_mode()
-    def run(self, schedule: Schedule) -> tuple[list[Sequence], Tensor]:
-        """Put the scheduled tokens through the model.
+    def run(self, pieces: Seq[Piece], token_ids: Seq[list[int]]) -> list[Tensor]:
+        """Put each piece's tokens through the model. Returns hidden states [new, hidden] for each."""
 
-        Returns the sequences that are ready for their next token, and logits [ready, vocab] for it. No
-        sequence is changed: if anything fails, the step can be taken again.
+        def forward(batch: FlatBatch, members: list[int]) -> Tensor:
+            return self.model.forward_flat(self._tensor(token_ids[i] for i in members), batch)
+
+        return self._forward(pieces, forward)
+
+    def draft(self, pieces: Seq[Piece], next_ids: Seq[list[int]], hidden: Seq[Tensor]) -> list[Tensor]:
+        """Put each piece through the MTP module.
+
+        next_ids: for each piece, the successors of its tokens; hidden: what the main model, or this function, gave
+        there. Returns hidden states [new, hidden] for each.
         """
-        if schedule.prefill:
-            batch, input_ids = self._mixed_batch(schedule)
-            hidden = self.model.forward_flat(input_ids, batch)
-            complete = [new == sequence.pending for sequence, new in schedule.prefill]
-            ends = [span.tokens.stop - 1 for span in compress(batch.spans, complete)]
-            hidden = hidden[
-                torch.tensor([*range(batch.decoding), *ends], dtype=torch.int64, device=self.device)
-            ]
-            ready = schedule.decoding + [sequence for sequence, _ in compress(schedule.prefill, complete)]
-        else:
-            batch, input_ids = self._decode_batch(schedule.decoding)
-            hidden = self.model.forward_flat(input_ids, batch)
-            ready = schedule.decoding
-        logits: Tensor = self.model.lm_head(hidden)
-        return ready, logits
 
-    def _decode_batch(self, decoding: list[Sequence]) -> tuple[FlatBatch, Tensor]:
-        """One token of each sequence: the hot path, so as few and small operations as can be."""
-        places = [sequence.computed for sequence in decoding]
-        tokens = [sequence.tokens[-1] for sequence in decoding]
-        input_ids, positions = torch.tensor([tokens, places], device=self.device).unbind()
-        context, mask = self._context(places, positions)
-        rows = self._counting[: len(decoding)]
-        return FlatBatch(positions, rows, self.cache.layers, len(decoding), (), context, mask), input_ids
+        def forward(batch: FlatBatch, members: list[int]) -> Tensor:
+            rows = torch.cat([hidden[i] for i in members])
+            return self.model.draft_flat(self._tensor(next_ids[i] for i in members), rows, batch)
 
-    def _mixed_batch(self, schedule: Schedule) -> tuple[FlatBatch, Tensor]:
-        decoding = len(schedule.decoding)
-        places = [sequence.computed for sequence in schedule.decoding]
-        tokens = [sequence.tokens[-1] for sequence in schedule.decoding]
-        positions, rows, spans = list(places), list(range(decoding)), []
-        for row, (sequence, new) in enumerate(schedule.prefill, start=decoding):
-            start, end = sequence.computed, sequence.computed + new
-            spans.append(Span(slice(len(tokens), len(tokens) + new), row, end))
-            tokens += sequence.tokens[start:end]
-            positions += range(start, end)
-            rows += [row] * new
-        flat = torch.tensor([tokens, positions, rows], dtype=torch.int64, device=self.device)
-        context, mask = self._context(places, flat[1, :decoding])
-        batch = FlatBatch(flat[1], flat[2], self.cache.layers, decoding, tuple(spans), context, mask)
-        return batch, flat[0]
+        return self._forward(pieces, forward)
 
-    def _context(self, places: list[int], positions: Tensor) -> tuple[int, Tensor | None]:
-        """The longest context of decoding sequences, and the mask that their unequal lengths need, if any."""
-        if not places:
-            return 0, None
-        context = max(places) + 1
-        if min(places) + 1 == context:
-            return context, None
-        return context, (self._counting[:context] <= positions.unsqueeze(1)).unsqueeze(1)
+    def logits(self, hidden: Seq[Tensor]) -> Tensor:
+        """[rows, vocab] of these hidden states, all rows one after the other."""
+        rows = torch.cat(list(hidden))
+        if self.alone:
+            return torch.cat([self.model.logits_flat(row) for row in rows.split(1)])
+        return self.model.logits_flat(rows)
+
+    def _forward(self, pieces: Seq[Piece], forward: Callable[[FlatBatch, list[int]], Tensor]) -> list[Tensor]:
+        order = sorted(range(len(pieces)), key=lambda i: pieces[i].new > SHORT)
+        results: dict[int, Tensor] = {}
+        for members in [[i] for i in order] if self.alone else [order]:
+            batch = FlatBatch.lay([pieces[i] for i in members], self.cache)
+            hidden = forward(batch, members).split([pieces[i].new for i in members])
+            results.update(zip(members, hidden, strict=True))
+        return [results[i] for i in range(len(pieces))]
+
+    def _tensor(self, token_ids: Iterable[list[int]]) -> Tensor:
+        flat = [token_id for ids in token_ids for token_id in ids]
+        return torch.tensor(flat, dtype=torch.int64, device=self.cache[0].device)

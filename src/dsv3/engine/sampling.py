@@ -3,8 +3,9 @@
 A model gives one number (logit) per word of the vocabulary; softmax makes them probabilities. What happens
 between is the request's choice, and always in this order:
 
-1. what ends the text is ruled out until there are min_tokens, then come penalties on what was said before:
-   repetition (prompt and output), frequency and presence (output);
+1. what a structure does not allow and what is not among allowed_token_ids is ruled out, and what ends the text until
+   there are min_tokens; then come logit_bias and penalties on what was said before: repetition (prompt and output),
+   frequency and presence (output);
 2. temperature 0 takes the largest logit and stops here; any other divides the logits;
 3. top_k keeps the k likeliest, top_p the fewest of those that together hold that share of the probability,
    min_p those at least that fraction as likely as the likeliest (the order of transformers);
@@ -19,21 +20,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dsv3.engine.grammar import Matcher, StructuredOutput
 from dsv3.errors import UserError
+from dsv3.kernels.sampling import draw
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them overflows and changes nothing."""
-
-PREFIX = 256
-"""How many of the likeliest words are looked at before all of a large vocabulary is sorted."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,9 @@ class SamplingParams:
     """How one request wants its tokens chosen, and when it is done. Raises UserError out of range."""
 
     max_tokens: int | None = 256
-    """Most tokens to generate; None goes on until the context is full."""
+    """Most tokens to generate; None goes on until the context is full, 0 reads the prompt and no more."""
+    n: int = 1
+    """How many answers to give, each drawn by itself; they share the reading of the prompt."""
     min_tokens: int = 0
     """Until there are so many, no token that would end the answer is chosen; texts in `stop` still end it."""
     temperature: float = 1.0
@@ -61,10 +62,18 @@ class SamplingParams:
     """Tokens that end the answer, besides the model's own; stored as a tuple."""
     ignore_eos: bool = False
     """The model's own end of text does not end the answer: for benchmarks."""
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    """Added to the logits of these tokens, -100 to 100; stored as a dict."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Only these may be chosen; stored as a tuple."""
+    structured: StructuredOutput | None = None
+    """The form that the answer must have: a JSON schema, a regular expression, a grammar, one of some texts."""
     seed: int | None = None
     """The same seed gives the same draws; None takes the engine's next."""
     logprobs: int | None = None
     """Report the log-probability of each token and of this many of the likeliest; 0 is the token's alone."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, which is then read anew whatever the cache holds."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -76,6 +85,24 @@ class SamplingParams:
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"{name} is {value!r}: it must be {allowed}")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(
+                self, "allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids)
+            )
+            if not self.allowed_token_ids:
+                raise UserError("allowed_token_ids is empty: name at least one token, or leave it out (None)")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise UserError(
+                    f"logit_bias is {self.logit_bias!r}: it must be a dict of token ids to numbers"
+                )
+            _token_ids("logit_bias", self.logit_bias)
+            for token_id, bias in self.logit_bias.items():
+                if bias not in _Range(-100, 100):
+                    raise UserError(f"logit_bias of token {token_id} is {bias!r}: it must be -100 to 100")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise UserError(f"structured is a {type(self.structured).__name__}: give a StructuredOutput")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError(
                 f"min_tokens is {self.min_tokens}: it must be at most max_tokens, {self.max_tokens}"
@@ -85,20 +112,13 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop has {text!r}: each stop must be a text of at least one character")
-        for token_id in self.stop_token_ids:
-            if not is_whole(token_id) or token_id < 0:
-                raise UserError(f"stop_token_ids has {token_id!r}: each must be a token id, 0 or above")
+        _token_ids("stop_token_ids", self.stop_token_ids)
         if self.seed is not None and not is_whole(self.seed):
             raise UserError(f"seed is {self.seed!r}: it must be a whole number, or None")
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
-
-    @property
-    def filters(self) -> bool:
-        """Whether some words are ruled out before the draw."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def penalizes(self) -> bool:
@@ -131,7 +151,8 @@ class _Range(NamedTuple):
 
 
 _RANGES = {
-    "max_tokens": _Range(1, whole=True, optional=True),
+    "max_tokens": _Range(0, whole=True, optional=True),
+    "n": _Range(1, 128, whole=True),
     "min_tokens": _Range(0, whole=True),
     "temperature": _Range(0),
     "top_p": _Range(0, 1, above=True),
@@ -141,7 +162,17 @@ _RANGES = {
     "presence_penalty": _Range(-2, 2),
     "frequency_penalty": _Range(-2, 2),
     "logprobs": _Range(0, whole=True, optional=True),
+    "prompt_logprobs": _Range(0, whole=True, optional=True),
 }
+
+
+def _token_ids(name: str, values: object) -> tuple[int, ...]:
+    if not isinstance(values, Iterable):
+        raise UserError(f"{name} is {values!r}: it must be a list")
+    for token_id in (ids := tuple(values)):
+        if not is_whole(token_id) or token_id < 0:
+            raise UserError(f"{name} has {token_id!r}: each must be a token id, 0 or above")
+    return ids
 
 
 def is_whole(value: object) -> bool:
@@ -168,16 +199,25 @@ class Sampler:
     """What one request carries from token to token: its params, its random numbers, and what was said."""
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], seed: int | str, end_ids: Iterable[int] = ()
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        seed: int | str,
+        end_ids: Iterable[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
-        """end_ids: what min_tokens rules out."""
+        """end_ids: what min_tokens rules out; matcher: what the structure allows."""
         self.params = params
+        self.matcher = matcher
         self.random = random.Random(str(seed))  # of a number it would take the magnitude alone
-        self.adjusts = params.penalizes or params.min_tokens > 0
+        self.adjusts = params.penalizes or params.min_tokens > 0 or matcher is not None
+        self.adjusts |= params.logit_bias is not None or params.allowed_token_ids is not None
         self.simple = params.greedy and not self.adjusts and params.logprobs is None
         self._prompt_ids = prompt_ids
         self._end_ids = list(end_ids)
         self._generated = 0
+        self._others: Tensor | None = None
+        """[vocab] bool: what allowed_token_ids leaves out."""
         self._said: Tensor | None = None
         """Ids of prompt and output; which of them is there twice does not matter."""
         self._counts: Tensor | None = None
@@ -188,10 +228,24 @@ class Sampler:
         return self.random.getrandbits(48) * 2.0**-48
 
     def adjust(self, logits: Tensor) -> None:
-        """logits: [vocab] float32; min_tokens and penalties are put into them, at the few words they concern."""
+        """logits: [vocab] float32; what is ruled out, biases and penalties are put into them."""
         params = self.params
+        if params.allowed_token_ids is not None:
+            if self._others is None:
+                self._others = torch.ones_like(logits, dtype=torch.bool)
+                self._others[list(params.allowed_token_ids)] = False
+            logits.masked_fill_(self._others, -math.inf)
+        if self.matcher is not None:
+            self.matcher.mask(logits)
+        ends = [i for i in self._end_ids if i < len(logits)]
         if self._generated < params.min_tokens:
-            logits[[i for i in self._end_ids if i < len(logits)]] = -math.inf
+            logits[ends] = -math.inf
+        if (self.matcher or self._others is not None) and logits.max() == -math.inf:
+            self.matcher = None  # nothing meets all that was asked for: the answer ends here
+            logits[ends or slice(None)] = 0.0
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
         if not params.penalizes:
             return
         if self._said is None or self._counts is None:
@@ -203,6 +257,8 @@ class Sampler:
 
     def observe(self, token_id: int) -> None:
         self._generated += 1
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
         if self._said is not None and self._counts is not None:
             self._said = torch.cat([self._said, self._said.new_tensor([token_id])])
             self._counts[token_id] += 1
@@ -227,9 +283,16 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
     drawing = [i for i, sampler in enumerate(samplers) if not sampler.params.greedy]
     if drawing:
         rows = adjusted if len(drawing) == len(samplers) else adjusted[drawing]
-        weights = distribution(rows, [samplers[i].params for i in drawing])
-        drawn = draw(weights, [samplers[i].uniform() for i in drawing])
-        for i, token_id in zip(drawing, drawn.tolist(), strict=True):
+        asked_for = [samplers[i].params for i in drawing]
+        drawn = draw(
+            rows,
+            temperature=[params.temperature for params in asked_for],
+            top_k=[params.top_k for params in asked_for],
+            top_p=[params.top_p for params in asked_for],
+            min_p=[params.min_p for params in asked_for],
+            uniform=[samplers[i].uniform() for i in drawing],
+        )
+        for i, token_id in zip(drawing, drawn, strict=True):
             token_ids[i] = token_id
     for i in adjusting:
         samplers[i].observe(token_ids[i])
@@ -265,60 +328,6 @@ def penalize_repetition(logits: Tensor, penalty: float) -> Tensor:
 def penalize_output(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
     """OpenAI's two penalties. logits: [...]; counts: how often each of the words is in the output so far."""
     return logits - frequency * counts - presence * (counts > 0)
-
-
-def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """What to draw from, after temperature, top_k, top_p and min_p.
-
-    logits: [requests, vocab] float32. Returns weights of the same shape, zero for what is ruled out and not
-    normalised. Each rule is a least probability: words as likely as the last one kept are kept as well, so a
-    row's result depends on nothing but the row.
-    """
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device).unsqueeze(1)
-
-    probs = (logits / column([p.temperature for p in params])).softmax(dim=-1)
-    if not any(p.filters for p in params):
-        return probs
-    vocab = logits.shape[-1]
-    top_k = column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]).long()
-    top_p = column([p.top_p if p.top_p < 1 else 2.0 for p in params])  # 2: sums round, and all must stay
-    min_p = column([p.min_p for p in params])
-
-    ranked = probs.topk(min(PREFIX, vocab), dim=-1).values
-    # What comes after is less likely still: it matters only to a row that no rule cuts off before, or where
-    # top_p is a share of what a top_k beyond it leaves.
-    rest_is_out = ranked.sum(-1, keepdim=True) >= top_p
-    rest_is_out |= ranked[:, -1:] < min_p * ranked[:, :1]
-    rest_is_out &= (top_k == vocab) | (top_p > 1)
-    rest_is_out |= top_k <= PREFIX
-    if not bool(rest_is_out.all()):
-        ranked = in_order(probs)
-    in_top_k = ranked >= ranked.gather(1, (top_k - 1).clamp_(max=ranked.shape[1] - 1))
-    total = torch.where(top_k < vocab, (ranked * in_top_k).sum(-1, keepdim=True), 1.0)
-    before = ranked.cumsum(dim=-1) - ranked
-    kept = in_top_k & (before < top_p * total) & (ranked >= min_p * ranked[:, :1])
-    least = ranked.gather(1, (kept.sum(-1, keepdim=True) - 1).clamp_(min=0))
-    return probs.masked_fill(probs < least, 0.0)
-
-
-def in_order(probs: Tensor) -> Tensor:
-    """Each row sorted, largest first. On a CPU by NumPy, whose vectorised sort is many times torch's speed."""
-    if probs.device.type == "cpu":
-        return torch.from_numpy(np.sort(probs.numpy(), axis=-1)).flip(-1)
-    return probs.sort(dim=-1, descending=True).values
-
-
-def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """Inverse transform sampling: the word at which the running sum passes u * total.
-
-    weights: [requests, vocab], not negative, not all zero in a row; uniforms: one in [0, 1) for each request.
-    Returns ids [requests] int64.
-    """
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    targets = torch.tensor(uniforms, dtype=torch.float64, device=weights.device).unsqueeze(1) * sums[:, -1:]
-    return torch.searchsorted(sums, targets, right=True).squeeze(1)
 
 
 def report(logits: Tensor, token_ids: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprobs]:

@@ -1,114 +1,246 @@
-"""Who runs in the next step.
+"""Who runs in the next step, and on which blocks.
 
-Every running sequence that is decoding gets its one token; what is left of the token budget goes to prompts,
-first come, first served. A long prompt is cut into chunks, so that it never holds up those who are already
-reading for longer than one step of `max_batched_tokens`.
+Every running sequence that is decoding gets its one token (and those that the MTP module guessed); what is left of
+the token budget goes to prompts, first come, first served, but nobody's prompt takes more than half of it while
+others wait. So a prompt of any length holds up neither those who are already reading, for longer than one step,
+nor for long those who ask something short.
 
-A sequence's place among the running is its row in the cache. Those that decode come first, so that the model
-reads their rows as one view; half-done prompts follow (in order, so there is at most one, unless a step
-failed). When a sequence leaves, the last decoding row moves into the gap and the last row into that one's.
+Blocks are handed out as sequences grow. When there are none left, the youngest running sequence gives up its own and
+waits again, in front of the others: its latents are computed anew later (most of them are still in the cache if there
+was little else to do), which costs time and changes nothing. The oldest always has room, for the cache holds at least
+one sequence at its longest.
+
+A sequence whose beginning another one is reading just now waits for it, to share what comes of it.
 """
 
 from __future__ import annotations
 
+import time
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
-from itertools import takewhile
+from typing import NamedTuple
 
-from dsv3.engine.cache import LatentCache
-from dsv3.engine.sampling import Sampled
+from dsv3.engine.cache import BLOCK, BlockManager
 from dsv3.engine.sequence import Sequence
+from dsv3.model import Piece
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The work of one step, in the order of the cache's rows."""
+class Work(NamedTuple):
+    """One sequence's share of a step."""
 
-    decoding: list[Sequence]
-    """One token each."""
-    prefill: list[tuple[Sequence, int]]
-    """Sequences in the middle of their prompts, and how many tokens of each to take."""
+    sequence: Sequence
+    new: int
+    """How many tokens the model takes, drafts included."""
+    drafts: int
+    """How many of them are guesses."""
+    start: int
+    """How many were in the cache before."""
+    completes: bool
+    """Whether all tokens there are have been through the model after this, so that the next can be chosen."""
+
+    @classmethod
+    def of(cls, sequence: Sequence, new: int, drafts: int = 0) -> Work:
+        return cls(sequence, new + drafts, drafts, sequence.computed, new == sequence.pending)
 
     @property
-    def longest(self) -> int:
-        """Tokens that the longest of them has in the cache once the step is done."""
-        after = [len(sequence.tokens) for sequence in self.decoding]
-        after += [sequence.computed + new for sequence, new in self.prefill]
-        return max(after, default=0)
+    def piece(self) -> Piece:
+        return Piece(self.sequence.blocks, self.start, self.new)
+
+    @property
+    def token_ids(self) -> list[int]:
+        known = self.sequence.tokens[self.start : self.start + self.new - self.drafts]
+        return known + self.sequence.drafts[: self.drafts]
+
+
+@dataclass
+class Counts:
+    """What has been going on since the start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of prompts that were found in the cache."""
+    preemptions: int = 0
 
 
 class Scheduler:
-    """Waiting and running sequences.
+    """Waiting and running sequences, and the blocks they hold."""
 
-    A sequence starts only when the cache would hold all running ones at their longest, so that none ever has
-    to be thrown out again; alone, it always starts.
-    """
-
-    def __init__(self, cache: LatentCache, max_batched_tokens: int, max_cached_tokens: int) -> None:
-        """max_cached_tokens: what fits in memory, in rows times tokens per row."""
-        self.cache = cache
-        self.max_batched_tokens = max(max_batched_tokens, cache.max_rows)
-        self.max_cached_tokens = max_cached_tokens
+    def __init__(
+        self,
+        manager: BlockManager,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        *,
+        lookahead: int = 0,
+        prefix_caching: bool = True,
+        fixed_pieces: bool = False,
+    ) -> None:
+        """lookahead: how many tokens beyond its own a sequence may write latents for, when drafts are made;
+        fixed_pieces: cut what is read in a way that depends on the sequence alone, and remember only prompts, so that
+        latents of a token always come from the same computation."""
+        self.manager = manager
+        self.max_num_seqs = max_num_seqs
+        self.max_batched_tokens = max(max_batched_tokens, max_num_seqs)
+        self.lookahead = lookahead
+        self.prefix_caching = prefix_caching
+        self.fixed_pieces = fixed_pieces
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        """In the order of arrival."""
+        self.counts = Counts()
+        self._arrived = 0
 
     @property
     def unfinished(self) -> bool:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
+        self._arrived += 1
+        sequence.number = self._arrived
         self.waiting.append(sequence)
 
-    def schedule(self) -> Schedule:
-        """Choose the next step's work and make room for it in the cache."""
-        decoding = list(takewhile(_is_decoding, self.running))
-        budget = self.max_batched_tokens - len(decoding)
-        prefill: list[tuple[Sequence, int]] = []
-        for sequence in self.running[len(decoding) :]:
-            prefill.append((sequence, min(budget, sequence.pending)))
-            budget -= prefill[-1][1]
-        while budget > 0 and self.waiting and self._has_room_for(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            prefill.append((sequence, min(budget, sequence.pending)))
-            budget -= prefill[-1][1]
-        schedule = Schedule(decoding, [(sequence, new) for sequence, new in prefill if new])
-        self.cache.reserve(len(self.running), schedule.longest)
-        return schedule
-
-    def postprocess(self, schedule: Schedule, ready: list[Sequence], sampled: list[Sampled]) -> None:
-        """Book what a step has done: what is in the cache now, the new tokens, and who has finished."""
-        for sequence in schedule.decoding:
-            sequence.computed += 1
-        for sequence, new in schedule.prefill:
-            sequence.computed += new
-        for sequence, token in zip(ready, sampled, strict=True):
-            sequence.append(token)
-        for sequence in ready:
-            if sequence.finished:
-                self.remove(sequence)
-
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; if it is unknown, do nothing."""
-        if sequence in self.waiting:
+        """Forget a sequence, wherever it is, and free its blocks; if it is unknown, do nothing."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        if sequence not in self.running:
-            return
-        running, gap = self.running, self.running.index(sequence)
-        last_decoding = sum(1 for _ in takewhile(_is_decoding, running)) - 1
-        for row in (last_decoding, len(running) - 1):
-            if gap < row:
-                self.cache.move(row, gap, running[row].computed)
-                running[gap], gap = running[row], row
-        running.pop()
+        self._release(sequence)
 
-    def _has_room_for(self, sequence: Sequence) -> bool:
-        rows = len(self.running) + 1
-        if rows > self.cache.max_rows:
-            return False
-        longest = max([sequence.limit, *(running.limit for running in self.running)])
-        return rows == 1 or rows * longest <= self.max_cached_tokens
+    def expired(self) -> list[Sequence]:
+        """Those whose deadline has passed."""
+        now = time.monotonic()
+        everyone = (*self.running, *self.waiting)
+        return [s for s in everyone if s.deadline is not None and s.deadline <= now]
 
+    def schedule(self) -> list[Work]:
+        """The next step's work, with blocks for all of it."""
+        work: dict[int, Work] = {}
+        budget = self.max_batched_tokens
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        spare = budget - len(decoding)
+        for sequence in decoding:
+            drafts = min(len(sequence.drafts), spare, sequence.limit - len(sequence.tokens) - 1)
+            if sequence.blocks and self._make_room(sequence, 1 + drafts, work):
+                work[sequence.number] = Work.of(sequence, 1, drafts)
+                spare -= drafts
+                budget -= 1 + drafts
+        reading = [sequence for sequence in self.running if sequence.pending > 1]
+        hungry = len(reading) + len(self.waiting)
+        for sequence in reading:
+            new = self._share(sequence, budget, hungry)
+            if new and sequence.blocks and self._make_room(sequence, new, work):
+                work[sequence.number] = Work.of(sequence, new)
+                budget -= min(new, budget)
+            hungry -= 1
+        coming = self._coming()
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) >= self.max_num_seqs:
+                break
+            found = self._find_prefix(sequence)
+            if self._next_name(sequence, len(found)) in coming:
+                continue
+            if not self._has_room(sequence, found):
+                break
+            self._start(sequence, found)
+            new = self._share(sequence, budget, hungry)
+            made = self._make_room(sequence, new, work)
+            assert made, "a sequence starts only where it has room"
+            work[sequence.number] = Work.of(sequence, new)
+            budget -= min(new, budget)
+            hungry -= 1
+            coming |= self._names_to_come(sequence)
+        return list(work.values())
 
-def _is_decoding(sequence: Sequence) -> bool:
-    return sequence.pending == 1
+    def book(self, sequence: Sequence, computed: int) -> None:
+        """So many of its tokens have their latents in the cache now. Full blocks get their names."""
+        full, sequence.computed = sequence.computed // BLOCK, computed
+        for i in range(full, computed // BLOCK):
+            self.manager.drafted[sequence.blocks[i]] = sequence.drafting
+            of_prompt = (i + 1) * BLOCK <= len(sequence.prompt_ids)
+            if self.prefix_caching and (of_prompt or not self.fixed_pieces):
+                self.manager.name(sequence.blocks[i], sequence.name(i))
+
+    # Blocks ---------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, new: int, work: dict[int, Work]) -> bool:
+        """Blocks for so many more tokens; whether there are enough, when all younger ones have given theirs."""
+        longest = min(sequence.computed + new + self.lookahead, sequence.limit + self.lookahead)
+        missing = -(-longest // BLOCK) - len(sequence.blocks)
+        while missing > self.manager.free:
+            youngest = self.running[-1]
+            work.pop(youngest.number, None)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.blocks += [self.manager.take() for _ in range(missing)]
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.pooled = None
+        self.waiting.appendleft(sequence)
+        self.counts.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.manager.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.drafts = [], 0, []
+
+    def _has_room(self, sequence: Sequence, found: list[int]) -> bool:
+        """Whether it may start: alone always, else if its prompt fits and everybody could take another block."""
+        if not self.running:
+            return True
+        missing = -(-(len(sequence.tokens) + self.lookahead) // BLOCK) - len(found)
+        unused = sum(self.manager.is_free(block) for block in found)
+        return missing + unused + len(self.running) <= self.manager.free
+
+    def _start(self, sequence: Sequence, found: list[int]) -> None:
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=lambda s: s.number)
+        for block in found:
+            self.manager.share(block)
+        sequence.blocks = list(found)
+        sequence.computed = len(found) * BLOCK
+        sequence.drafting = all(self.manager.drafted[block] for block in found)
+        if len(sequence.tokens) == len(sequence.prompt_ids):  # else it was counted before it was thrown out
+            sequence.cached_tokens = sequence.computed
+            self.counts.prompt_tokens += len(sequence.prompt_ids)
+            self.counts.cached_tokens += sequence.computed
+
+    # Prefixes -------------------------------------------------------------------------------------------
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold its beginning, all but the last token at most, which the model must see."""
+        found: list[int] = []
+        if not self.prefix_caching or sequence.needs_all:
+            return found
+        for i in range((len(sequence.tokens) - 1) // BLOCK):
+            block = self.manager.find(sequence.name(i))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _next_name(self, sequence: Sequence, found: int) -> bytes | None:
+        """The name of the first block of its beginning that is not in the cache."""
+        shareable = self.prefix_caching and not sequence.needs_all
+        return sequence.name(found) if shareable and (found + 1) * BLOCK < len(sequence.tokens) else None
+
+    def _coming(self) -> set[bytes]:
+        """Names of the blocks that running sequences are about to fill with their prompts."""
+        if not self.waiting or not self.prefix_caching:
+            return set()
+        return set().union(*(self._names_to_come(s) for s in self.running if s.pending > 1))
+
+    def _names_to_come(self, sequence: Sequence) -> set[bytes]:
+        blocks = range(sequence.computed // BLOCK, len(sequence.tokens) // BLOCK)
+        return {sequence.name(i) for i in blocks}
+
+    def _share(self, sequence: Sequence, budget: int, hungry: int) -> int:
+        """Tokens of a prompt in this step, where `hungry` sequences, it included, have something to read."""
+        if self.fixed_pieces and budget:
+            unread = len(sequence.prompt_ids) - sequence.computed
+            return min(unread, BLOCK) if unread > 0 else 1
+        return min(sequence.pending, budget if hungry <= 1 else -(-budget // 2))

@@ -1,7 +1,7 @@
 """A prompt that the model has read, from which it may go on in several ways.
 
 Most of an evaluation is prompts that share a long beginning: one text, ten answers to weigh. The engine would read
-the text once for each. Here it is read once, into a latent cache of one row; an answer is written after
+the text once for each. Here it is read once, into a latent cache of its own; an answer is written after
 it, scored, and written over by the next one.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from dsv3.engine.cache import LatentCache
-from dsv3.model import FlatBatch, Span, Transformer
+from dsv3.engine.cache import BLOCK, allocate
+from dsv3.model import FlatBatch, Piece, Transformer
 
 _CHUNK = (
     2048  # tokens that go through the model at once, as in the engine: what a long prompt needs stays small
@@ -29,8 +29,9 @@ class Prefix:
         self.model = model
         self.length = 0
         """Tokens that every continuation follows."""
-        self._cache = LatentCache(model.config, 1, len(ids) + room, weight.dtype, weight.device)
-        self._cache.reserve(1, len(ids) + room)
+        blocks = -(-(len(ids) + room) // BLOCK)
+        self._blocks = range(blocks)
+        self._cache = allocate(model.config, blocks, weight.dtype, weight.device)
         self._last = weight
         self.extend(ids)
 
@@ -67,15 +68,8 @@ class Prefix:
     @torch.inference_mode()
     def _read(self, ids: Sequence[int], start: int) -> Tensor:
         """Put tokens into the cache from a place on, over what may stand there; returns hidden [tokens, hidden]."""
-        new, end = len(ids), start + len(ids)
-        device = self.model.embed_tokens.weight.device
-        tokens = torch.tensor(ids, dtype=torch.int64, device=device)
-        places = torch.arange(start, end, device=device)
-        rows = torch.zeros_like(places)
-        if new == 1:
-            batch = FlatBatch(places, rows, self._cache.layers, 1, (), end, None)
-        else:
-            batch = FlatBatch(places, rows, self._cache.layers, 0, (Span(slice(0, new), 0, end),), 0, None)
+        tokens = torch.tensor(ids, dtype=torch.int64, device=self.model.embed_tokens.weight.device)
+        batch = FlatBatch.lay([Piece(self._blocks, start, len(ids))], self._cache)
         return self.model.forward_flat(tokens, batch)
 
     @torch.inference_mode()

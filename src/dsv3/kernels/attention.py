@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3.kernels.native import View, call, pointer, trains
+from dsv3.kernels.native import View, call, pointer, trains, usable
 
 _FEW = 128  # tokens for which it is cheaper to multiply by a whole matrix than to copy half of it
 
@@ -157,6 +157,28 @@ def latent_attention(
         q[:, None], kv, kv, attn_mask=None if mask is None else mask[:, None], scale=scale
     )
     return out[:, 0, :, :rank]
+
+
+def paged_latent_attention(
+    q: Tensor, cache: Tensor, tables: Tensor, owners: Tensor, positions: Tensor, rank: int, scale: float
+) -> Tensor:
+    """`latent_attention` of single tokens over latents that lie in blocks.
+
+    q: [tokens, heads, latent_dim]; cache: [blocks, size, latent_dim]; tables: [sequences, most] int32, each sequence's
+    blocks in order; owners: [tokens] int32, each token's row in tables; positions: [tokens] int64: a token sees what
+    its sequence has up to this position. Returns [tokens, heads, rank].
+
+    Where it is native a token's result is the same bits whatever other tokens there are.
+    """
+    if cache.shape[1] == 64 and rank % 32 == 0 and usable(q, cache) and not torch.is_grad_enabled():
+        out = q.new_empty(*q.shape[:2], rank)
+        sizes = (*q.shape, rank, tables.shape[1])
+        where = tables.contiguous(), owners, positions
+        call("paged_attention", q.contiguous(), cache, *where, out, *sizes, scale)
+        return out
+    latents = cache[tables[owners]].flatten(1, 2)
+    seen = torch.arange(latents.shape[1], device=q.device) <= positions.unsqueeze(1)
+    return latent_attention(q, latents, rank, scale, seen.unsqueeze(1))
 
 
 def per_head(x: Tensor, weight: Tensor, part: slice, transposed: bool = False) -> Tensor:

@@ -1,8 +1,9 @@
 """The optional C++ half of the kernels: built at first use, and done without where it cannot be.
 
 torch has no fused CPU kernel for several things that training does over and over, and where it has one
-(attention) it is far from what the machine can do without AMX. `native.cpp` holds these few; here it is
-compiled by the machine's own compiler, kept in the user's cache, and loaded through ctypes, which needs neither
+(attention) it is far from what the machine can do without AMX. `native.cpp` holds these few, and `inference.cpp` what
+a model needs that answers: whole layers over a cache, for few tokens at a time. Here they are compiled by the
+machine's own compiler, kept in the user's cache, and loaded through ctypes, which needs neither
 Python's nor torch's headers, so that a build takes seconds. Each kernel that has a native way asks `library()`;
 what comes back is None where there is no compiler, no AVX512-BF16, or DSV3_NATIVE=0, and then torch does the work.
 CXX may name another compiler than g++, in front of it whatever it needs ("ccache g++").
@@ -25,12 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "inference.cpp", "sampling.cpp")]
+_HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra"]
-_FLAGS += ["-Wno-maybe-uninitialized"]  # which gcc says of its own intrinsics
+_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # which gcc says of its own intrinsics
+_FLAGS += ["-ffp-contract=off"]  # or the same function would round differently in different places
 
-# What each kernel takes, a letter an argument: a contiguous tensor of bf16 (b), float32 (f) or int64 (l), a bf16
-# `pointer` (p), a View (v), a whole number (n), a fraction (x).
+# What each kernel takes, a letter an argument: a contiguous tensor of bf16 (b), float32 (f), float64 (d), int64 (l) or int32 (i), a
+# bf16 `pointer` (p), a View (v), a reference to another structure (r), a whole number (n), a fraction (x).
 _SIGNATURES = {
     "attention_forward": "vvvvf" + "nnnnnx",
     "attention_backward": "vvvvf" + "vvvv" + "nnnnnx",
@@ -44,8 +47,13 @@ _SIGNATURES = {
     "combine_forward": "blfbnnn",
     "combine_backward": "bblfbfnnn",
     "adamw": "fbbfnxxxxxx",
+    "paged_attention": "bbiilb" + "nnnnnx",
+    "linear": "pnbbbnnn",
+    "feed_forward": "rbn",
+    "block_forward": "rrbb",
+    "draw": "ffldfdlnn",
 }
-_DTYPES = {"b": torch.bfloat16, "f": torch.float32, "l": torch.int64}
+_DTYPES = {"b": torch.bfloat16, "f": torch.float32, "d": torch.float64, "l": torch.int64, "i": torch.int32}
 
 
 class View(ctypes.Structure):
@@ -63,6 +71,9 @@ class View(ctypes.Structure):
         if x.dim() != 4 or x.stride(-1) != 1 or x.dtype != torch.bfloat16:
             raise TypeError(f"no bf16 heads: {x.dtype} {tuple(x.shape)} with strides {x.stride()}")
         return cls(x.data_ptr(), *x.stride()[:3])
+
+
+Argument = Tensor | View | ctypes.Structure | ctypes.c_void_p | int | float | None
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -83,7 +94,7 @@ def pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def call(name: str, *arguments: Tensor | View | ctypes.c_void_p | int | float | None) -> None:
+def call(name: str, *arguments: Argument) -> None:
     """Run the kernel of that name. Tensors must be contiguous: give others as a View or `pointer`.
 
     Types are held against the kernel's signature; that the sizes are those of the tensors is up to the caller.
@@ -94,9 +105,9 @@ def call(name: str, *arguments: Tensor | View | ctypes.c_void_p | int | float | 
     getattr(native, name)(*(_as_c(x, kind) for x, kind in zip(arguments, kinds, strict=True)))
 
 
-def _as_c(x: Tensor | View | ctypes.c_void_p | int | float | None, kind: str) -> object:
+def _as_c(x: Argument, kind: str) -> object:
     if not isinstance(x, Tensor):
-        return x
+        return ctypes.byref(x) if kind == "r" and isinstance(x, ctypes.Structure) else x
     if x.dtype != _DTYPES.get(kind) or not x.is_contiguous():
         raise TypeError(
             f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} for an argument of kind {kind!r}"
@@ -117,7 +128,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         warnings.warn(
-            f"no native kernels, which makes training slower (DSV3_NATIVE=0): {reason}", stacklevel=2
+            f"no native kernels, which makes training and inference slower (DSV3_NATIVE=0): {reason}",
+            stacklevel=2,
         )
         return None
 
@@ -132,7 +144,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     traits = [
         line for line in cpu.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))
     ]
-    what = "\n".join([_SOURCE.read_text(), *compiler, *_FLAGS, *traits])
+    what = "\n".join([*(file.read_text() for file in (*_SOURCES, _HEADER)), *compiler, *_FLAGS, *traits])
     name = f"native-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if folder is not None and _only_ours(folder / name):
@@ -142,7 +154,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
             pass  # cut off, or of another system
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / name
-        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
+        command = [*compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         built.chmod(0o700)
         if folder is not None:  # appears whole, whoever else builds it and whenever the power fails

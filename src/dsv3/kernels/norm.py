@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3.kernels.native import call, pointer, trains
+from dsv3.kernels.native import call, pointer, trains, usable
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -43,15 +43,20 @@ class _RMSNorm(torch.autograd.Function):
         return (grad_unit - unit * along.to(x.dtype)) * inverse.to(x.dtype), grad_weight, None
 
 
+def _native(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and x as rows with 1 / rms of each."""
+    rows = x.reshape(-1, weight.shape[0])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    inverse = torch.empty(len(rows), dtype=torch.float32)
+    call("rms_norm_forward", pointer(rows), rows.stride(0), weight, out, inverse, *rows.shape, eps)
+    return out, rows, inverse
+
+
 class _NativeRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        dim = weight.shape[0]
-        rows = x.reshape(-1, dim)
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype)
-        inverse = torch.empty(len(rows), dtype=torch.float32)
-        call("rms_norm_forward", pointer(rows), rows.stride(0), weight, out, inverse, len(rows), dim, eps)
+        out, rows, inverse = _native(x, weight, eps)
         ctx.save_for_backward(rows, weight, inverse)
         return out
 
@@ -78,6 +83,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         result = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
+    if weight.shape == x.shape[-1:] and usable(x, weight):
+        return _native(x, weight, eps)[0]
     if x.dtype == torch.float32 or x.is_cuda or x.numel() <= 16 * x.shape[-1]:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)  # one call: the least overhead per token
     return (x * _inverse_rms(x, eps)).to(x.dtype) * weight

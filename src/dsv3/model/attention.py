@@ -6,59 +6,29 @@ rotary key shared by the heads (equation 3). Only these `kv_lora_rank + qk_rope_
 
 Two forms compute the same thing (`dsv3.kernels.attention` explains them): `_plain` expands latents into keys
 and values, `_absorbed` attends over the latents themselves. Without a cache (training) the form is plain.
-With one, tokens come as a flat batch of spans: the single tokens of sequences that are being decoded are
-attended together in absorbed form, and each longer span takes the form that needs fewer multiplications.
+With one, tokens come as a flat batch: those of sequences that are being decoded are attended together in absorbed
+form, and each longer span of a prompt takes the form that needs fewer multiplications.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
-from dsv3.kernels.attention import causal_attention, latent_attention, per_head, rotary_attention
+from dsv3.kernels.attention import (
+    causal_attention,
+    latent_attention,
+    paged_latent_attention,
+    per_head,
+    rotary_attention,
+)
+from dsv3.model.flat import FlatBatch
 from dsv3.model.layers import RMSNorm
 from dsv3.model.rope import Rope
 
 # DeepSeek's code gives the norms of the latents their own epsilon, whatever `rms_norm_eps` says.
 LATENT_NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive new tokens of one sequence inside a flat batch."""
-
-    tokens: slice
-    """Where they stand in the flat batch."""
-    row: int
-    """The sequence's row in the cache."""
-    context: int
-    """Tokens of the sequence once these are in: its length so far plus the span's."""
-
-
-@dataclass(frozen=True)
-class FlatBatch:
-    """New tokens of several sequences, one after the other, and the cache that holds their past.
-
-    The first `decoding` tokens each belong to one sequence, in cache rows 0 .. decoding - 1; the spans
-    follow. Nothing is padded, except that decoding rows are masked up to the longest of them.
-    """
-
-    positions: Tensor
-    """[tokens] int64: each token's position in its sequence."""
-    rows: Tensor
-    """[tokens] int64: each token's row in the cache."""
-    cache: Sequence[Tensor]
-    """For each layer [rows, capacity, latent_dim], written in place."""
-    decoding: int
-    spans: tuple[Span, ...]
-    decoding_context: int
-    """The longest context among the decoding sequences, their new tokens included."""
-    decoding_mask: Tensor | None
-    """[decoding, 1, decoding_context] bool, True where a sequence has a token; None if all are equally long."""
 
 
 class LatentAttention(nn.Module):
@@ -108,7 +78,7 @@ class LatentAttention(nn.Module):
         else:
             q_nope, q_rope, latent = self._project(x, rope, angles)
             cache = batch.cache[self.layer]
-            cache.index_put_((batch.rows, batch.positions), latent)
+            cache.view(-1, latent.shape[-1]).index_copy_(0, batch.slots, latent)
             out = self._over_cache(q_nope, q_rope, cache, batch)
         projected: Tensor = self.o_proj(out)
         return projected
@@ -128,56 +98,62 @@ class LatentAttention(nn.Module):
         latent = torch.cat((compressed, rope.rotate(k_rope, cos, sin)), dim=-1)
         return q_nope, q_rope, latent
 
-    def _plain(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention with keys and values expanded from latents [batch, context, latent_dim].
+    def _plain(self, q_nope: Tensor, q_rope: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention with keys and values expanded from the latents of one sequence, [context, latent_dim].
 
-        Queries are [batch, seq, heads, ...]; returns [batch, seq, heads * v].
+        Queries are [tokens, heads, ...], mask is [tokens, context]; returns [tokens, heads * v].
         """
-        compressed, k_rope = latent.split((self.rank, self.rotary), dim=-1)
+        compressed, k_rope = context.split((self.rank, self.rotary), dim=-1)
         kv = self.kv_b_proj(compressed).unflatten(-1, (self.heads, self.nope + self.v_dim))
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, mask)
-        return out.transpose(1, 2).flatten(-2)
+        q, k, v = (t.transpose(0, 1)[None] for t in (torch.cat((q_nope, q_rope), dim=-1), k, v))
+        out = causal_attention(q, k, v, self.scale, None if mask is None else mask[None, None])
+        return out[0].transpose(0, 1).flatten(1)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """The same over the latents themselves.
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """The same over the latents of one sequence, [context, latent_dim].
 
-        Queries are [batch, seq, heads, ...], mask [batch, seq or 1, context]; returns [batch, seq, heads * v].
+        Queries are [tokens, heads, ...], mask is [tokens, context]; returns [tokens, heads * v].
         """
-        expand = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.rank)
-        keys, values = slice(0, self.nope), slice(self.nope, self.nope + self.v_dim)
-        batch, seq = q_nope.shape[:2]
-        # (W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query ...
-        absorbed = per_head(q_nope.flatten(0, 1), expand, keys)
-        q = torch.cat((absorbed.unflatten(0, (batch, seq)), q_rope), dim=-1).flatten(1, 2)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.repeat_interleave(self.heads, dim=1)
-        out = latent_attention(q, latents, self.rank, self.scale, mask)
-        # ... and the value's expansion to the weighted sum of latents.
-        out = per_head(out.reshape(batch * seq, self.heads, self.rank), expand, values, transposed=True)
-        return out.reshape(batch, seq, -1)
+        q = self._absorb(q_nope, q_rope)
+        rows = mask.repeat_interleave(self.heads, dim=0)
+        out = latent_attention(q.flatten(0, 1)[None], context[None], self.rank, self.scale, rows[None])
+        return self._expand(out[0].unflatten(0, q.shape[:2]))
+
+    def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """(W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query, [tokens, heads, latent_dim]."""
+        return torch.cat((per_head(q_nope, self._expansion, slice(0, self.nope)), q_rope), dim=-1)
+
+    def _expand(self, out: Tensor) -> Tensor:
+        """... and the value's expansion to the weighted sum of latents [tokens, heads, rank]; [tokens, heads * v]."""
+        values = slice(self.nope, self.nope + self.v_dim)
+        return per_head(out, self._expansion, values, transposed=True).flatten(1)
+
+    @property
+    def _expansion(self) -> Tensor:
+        """[heads, nope + v, rank]"""
+        return self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.rank)
 
     def _over_cache(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, batch: FlatBatch) -> Tensor:
         parts: list[Tensor] = []
-        if batch.decoding:
-            rows, past = slice(0, batch.decoding), cache[: batch.decoding, : batch.decoding_context]
-            q = q_nope[rows].unsqueeze(1), q_rope[rows].unsqueeze(1)
-            parts.append(self._absorbed(*q, past, batch.decoding_mask).squeeze(1))
+        if batch.short:
+            few = slice(0, batch.short)
+            q = self._absorb(q_nope[few], q_rope[few])
+            tables = batch.tables[:, : batch.short_blocks]
+            where = cache, tables, batch.owners[few], batch.positions[few]
+            parts.append(self._expand(paged_latent_attention(q, *where, self.rank, self.scale)))
         for span in batch.spans:
             new = span.tokens.stop - span.tokens.start
-            past = cache[span.row, : span.context].unsqueeze(0)
+            past = cache[span.blocks].flatten(0, 1)[: span.context]
             mask = None
             if new < span.context:  # the queries are the last rows of the causal triangle
-                mask = (
-                    past.new_ones(new, span.context, dtype=torch.bool).tril(span.context - new).unsqueeze(0)
-                )
-            q = q_nope[span.tokens].unsqueeze(0), q_rope[span.tokens].unsqueeze(0)
+                mask = past.new_ones(new, span.context, dtype=torch.bool).tril(span.context - new)
+            q_parts = q_nope[span.tokens], q_rope[span.tokens]
             if mask is not None and self._absorbed_is_cheaper(new):
-                parts.append(self._absorbed(*q, past, mask).squeeze(0))
+                parts.append(self._absorbed(*q_parts, past, mask))
             else:
-                parts.append(self._plain(*q, past, None if mask is None else mask.unsqueeze(1)).squeeze(0))
+                parts.append(self._plain(*q_parts, past, mask))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _absorbed_is_cheaper(self, new: int) -> bool:

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
-from dsv3.model.attention import FlatBatch, LatentAttention
+from dsv3.kernels.inference import is_native, linear
+from dsv3.model import fused
+from dsv3.model.attention import LatentAttention
+from dsv3.model.flat import FlatBatch
 from dsv3.model.layers import FeedForward, RMSNorm
 from dsv3.model.moe import Experts, Gate, MoE, Routing
 from dsv3.model.rope import Rope
@@ -60,6 +63,10 @@ class Block(nn.Module):
         batch: FlatBatch | None = None,
         routing: list[Routing] | None = None,
     ) -> Tensor:
+        if batch is not None and routing is None:
+            done = fused.forward(self, x, rope, angles, batch)
+            if done is not None:
+                return done
         x = x + self.self_attn(self.input_layernorm(x), rope, angles, mask, batch)
         normed = self.post_attention_layernorm(x)
         update: Tensor = self.mlp(normed, routing) if isinstance(self.mlp, MoE) else self.mlp(normed)
@@ -88,7 +95,7 @@ class MTPModule(nn.Module):
         routing: list[Routing] | None = None,
     ) -> Tensor:
         """embedded: the next tokens' embeddings, hidden: the representations so far, both [..., hidden]."""
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        x = linear(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1), self.eh_proj.weight)
         out: Tensor = self.norm(self.block(x, rope, angles, mask, batch, routing))
         return out
 
@@ -176,7 +183,7 @@ class Transformer(nn.Module):
     def forward_flat(self, input_ids: Tensor, batch: FlatBatch) -> Tensor:
         """New tokens of several sequences against their cache: input_ids [tokens], returns hidden [tokens, hidden].
 
-        Apply `lm_head` to the rows that are wanted; most prompt tokens' are not.
+        Apply `logits_flat` to the rows that are wanted; most prompt tokens' are not.
         """
         angles = self.rope(batch.positions)
         hidden = self.embed_tokens(input_ids)
@@ -184,3 +191,26 @@ class Transformer(nn.Module):
             hidden = block(hidden, self.rope, angles, batch=batch)
         normed: Tensor = self.norm(hidden)
         return normed
+
+    def logits_flat(self, hidden: Tensor) -> Tensor:
+        """The head on rows that a flat forward pass gave: [rows, hidden] to [rows, vocab]."""
+        return linear(hidden, self.lm_head.weight)
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether what a flat forward pass gives for a token follows from its sequence alone, to the bit."""
+        head = self.lm_head.weight
+        return is_native(head) and all(
+            fused.invariant(module) for module in self.modules() if isinstance(module, Block)
+        )
+
+    def draft_flat(self, next_ids: Tensor, hidden: Tensor, batch: FlatBatch) -> Tensor:
+        """The first MTP module over a flat batch: at each token's place, what it expects after the token that follows.
+
+        next_ids: [tokens], each token's successor; hidden: [tokens, hidden], what the main model (or, to look further
+        ahead, this function) gave at the same place. The module has a layer of its own in the cache, the last one.
+        Returns [tokens, hidden]; `lm_head` makes logits of it.
+        """
+        embedded = self.embed_tokens(next_ids)
+        out: Tensor = self.mtp[0](embedded, hidden, self.rope, self.rope(batch.positions), batch=batch)
+        return out

@@ -15,7 +15,7 @@ Where it is missing, the post-processor of tokenizer.json decides. Moonlight and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -25,9 +25,10 @@ from tokenizers import decoders
 
 from dsv3.config import read_optional_json
 from dsv3.errors import CheckpointError, UserError
-from dsv3.text.chat import DEEPSEEK_TEMPLATE, Message, check_messages, render, shield
+from dsv3.text.chat import DEEPSEEK_TEMPLATE, Message, check_messages, plain_messages, render, shield
 from dsv3.text.stream import StreamDecoder
 from dsv3.text.tiktoken import BYTE_ALPHABET, BYTES_OF, load_tiktoken
+from dsv3.text.tools import READABLE
 
 _STRAY = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as `surrogateescape` writes them
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -174,9 +175,12 @@ class Tokenizer:
         """The bytes of ids, special tokens by their names; ids that are no token give nothing."""
         return b"".join(map(self.token_bytes, ids))
 
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes ids one at a time and gives whole characters."""
-        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+    def stream(self, skip_special_tokens: bool = True, keep: Iterable[int] = ()) -> StreamDecoder:
+        """A decoder that takes ids one at a time and gives whole characters.
+
+        keep: special tokens that stay in the text although others are left out, as `readable_ids`.
+        """
+        skipped = self.special_ids.difference(keep) if skip_special_tokens else frozenset[int]()
         return StreamDecoder(lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id))
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -202,6 +206,18 @@ class Tokenizer:
         """Added tokens that decoding leaves out."""
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Added tokens that are markup: no text that a person writes is one of them."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if _is_markup(token))
+
+    @cached_property
+    def readable_ids(self) -> frozenset[int]:
+        """The markers of tool calls and reasoning (`dsv3.text.tools`), those that the vocabulary has."""
+        ids = map(self.backend.token_to_id, READABLE)
+        return frozenset(token_id for token_id in ids if token_id is not None)
 
     @cached_property
     def _plain(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
@@ -231,6 +247,7 @@ class Tokenizer:
         Raises UserError if a message is malformed or the template refuses it.
         """
         check_messages(messages)
+        messages = plain_messages(messages)
         if self.chat_template is None and self.backend.token_to_id("<｜User｜>") is None:
             raise UserError(
                 "this checkpoint has no chat template, and its vocabulary lacks '<｜User｜>' of DeepSeek's: "
@@ -245,6 +262,7 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a chat. Only the template writes control tokens: those it is given stay plain text."""
         check_messages(messages)
+        messages = plain_messages(messages)
         shielded, kwargs, marker = shield(messages, template_kwargs, self._control)
         text = self.render_chat(shielded, add_generation_prompt, **kwargs)
         if marker not in text:

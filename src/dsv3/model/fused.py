@@ -1,0 +1,157 @@
+"""Whole blocks in one native call, for flat batches on CPUs that multiply bf16 (`dsv3.kernels.inference`).
+
+The native form of attention is the absorbed one throughout, so pieces of prompts take it only where it costs little
+more than the plain one; the model that ships is such a shape, DeepSeek-V3 is not. Whatever does not fit (other
+dtypes and devices, odd sizes, layers that somebody replaced) goes the way of the modules themselves.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from operator import is_
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.kernels.inference import BLOCK, Batch, Layer, block_forward
+from dsv3.kernels.native import usable
+from dsv3.model.layers import FeedForward, RMSNorm
+from dsv3.model.moe import MoE
+
+if TYPE_CHECKING:
+    from dsv3.model.flat import FlatBatch
+    from dsv3.model.rope import Rope
+    from dsv3.model.transformer import Block
+
+_DEAR = 1.5
+"""How much a pair of tokens may cost in absorbed form, relative to the plain one, for prompts to take it."""
+
+
+def forward(
+    block: Block, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor], batch: FlatBatch
+) -> Tensor | None:
+    """`block` on x [tokens, hidden], or None if it has to be done otherwise."""
+    if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or not usable(x):
+        return None
+    cache, layer = batch.cache[block.self_attn.layer], _layer(block)
+    if layer is None or cache.dtype != x.dtype or cache.shape[1] != BLOCK:
+        return None
+    if batch.spans and not _absorbs_cheaply(block):
+        return None
+    if not batch.native:
+        where = batch.positions, batch.slots, batch.owners, batch.tables
+        batch.native.append(Batch.of(*where, angles, rope.interleave))
+    x = x.clone(memory_format=torch.contiguous_format)  # which becomes the result
+    block_forward(layer, batch.native[0], x, cache)
+    return x
+
+
+def invariant(block: Block) -> bool:
+    """Whether `forward` does every flat batch, and with it promises the same bits for a token in any company."""
+    return _absorbs_cheaply(block) and _layer(block) is not None
+
+
+def _absorbs_cheaply(block: Block) -> bool:
+    attention = block.self_attn
+    return 2 * attention.rank + attention.rotary <= _DEAR * (attention.qk_dim + attention.v_dim)
+
+
+class _Known:
+    """A block's layer, or None if the kernels cannot take it, and all it was made of."""
+
+    def __init__(self, block: Block) -> None:
+        members = [
+            (held, name)
+            for module in block.modules()
+            for held in (module._modules, module._parameters, module._buffers)
+            for name in held
+        ]
+        if isinstance(block.mlp, MoE):
+            members.append((vars(block.mlp.experts), "linear"))
+        self.look_up = [partial(held.get, name) for held, name in members]
+        self.parts = [get() for get in self.look_up]
+        self.where = [tensor.data_ptr for tensor in self.parts if isinstance(tensor, Tensor)]
+        self.addresses = [get() for get in self.where]
+        self.layer: Layer | None = None
+        with suppress(ValueError):
+            self.layer = _make(block)
+
+    @property
+    def holds(self) -> bool:
+        """Whether no part was replaced since, and no weight moved. Asked for each layer in every step."""
+        same = all(map(is_, [get() for get in self.look_up], self.parts))
+        return same and [get() for get in self.where] == self.addresses
+
+
+_known: WeakKeyDictionary[Block, _Known] = WeakKeyDictionary()
+
+
+def _layer(block: Block) -> Layer | None:
+    known = _known.get(block)
+    if known is None or not known.holds:
+        known = _known[block] = _Known(block)
+    return known.layer
+
+
+def _make(block: Block) -> Layer:
+    """ValueError if it is not what the kernels take."""
+    attention, mlp = block.self_attn, block.mlp
+    for module in block.modules():
+        own = type(module).__module__.startswith("dsv3.model.")
+        if not own and type(module) is not nn.Linear:
+            raise ValueError(f"{type(module)} instead of a linear layer")
+    matrices: dict[str, Tensor | None] = {
+        "input_norm": block.input_layernorm.weight,
+        "kv_a": attention.kv_a_proj_with_mqa.weight,
+        "kv_a_bias": attention.kv_a_proj_with_mqa.bias,
+        "kv_norm": attention.kv_a_layernorm.weight,
+        "kv_b": attention.kv_b_proj.weight,
+        "o": attention.o_proj.weight,
+        "o_bias": attention.o_proj.bias,
+        "post_norm": block.post_attention_layernorm.weight,
+    }
+    sizes = {
+        "hidden": attention.o_proj.out_features,
+        "heads": attention.heads,
+        "nope": attention.nope,
+        "rotary": attention.rotary,
+        "v_dim": attention.v_dim,
+        "rank": attention.rank,
+    }
+    norms: RMSNorm = block.input_layernorm
+    fractions = {"eps": norms.eps, "latent_eps": attention.kv_a_layernorm.eps, "scale": attention.scale}
+    if attention.compresses_q:
+        matrices["q_a"], matrices["q_a_bias"] = attention.q_a_proj.weight, attention.q_a_proj.bias
+        matrices["q_a_norm"], matrices["q_b"] = attention.q_a_layernorm.weight, attention.q_b_proj.weight
+        sizes["q_rank"] = attention.q_a_proj.out_features
+    else:
+        matrices["q_b"] = attention.q_proj.weight
+
+    dense: FeedForward | None = mlp.shared_experts if isinstance(mlp, MoE) else mlp
+    if dense is not None:
+        matrices["gate_up"], matrices["down"] = dense.gate_up_proj.weight, dense.down_proj.weight
+        sizes["width"] = dense.down_proj.in_features
+    if isinstance(mlp, MoE):
+        if mlp.experts.linear is not None:
+            raise ValueError("experts that multiply in a way of their own")
+        config = mlp.gate.config
+        matrices["gate"], matrices["gate_bias"] = mlp.gate.weight, mlp.gate.e_score_correction_bias
+        matrices["experts_gate_up"] = mlp.experts.gate_up_proj
+        matrices["experts_down"] = mlp.experts.down_proj
+        sizes |= {
+            "experts": mlp.experts.down_proj.shape[0],
+            "expert_width": mlp.experts.down_proj.shape[2],
+            "chosen": config.num_experts_per_tok,
+            "sigmoid": int(config.scoring_func == "sigmoid"),
+            "two_best": int(config.topk_method == "noaux_tc"),
+            "normalize": int(config.norm_topk_prob),
+        }
+        if config.limits_groups:
+            sizes["groups"], sizes["topk_group"] = config.n_group, config.topk_group
+        # DeepSeek-V2 normalises or scales, never both.
+        both = config.model_type != "deepseek_v2" or not config.norm_topk_prob
+        fractions["factor"] = config.routed_scaling_factor if both else 1.0
+    return Layer.of({name: m for name, m in matrices.items() if m is not None}, sizes, fractions)
