@@ -24,6 +24,8 @@ from dsv3.cli.convert import convert
 from dsv3.cli.data import app as data
 from dsv3.cli.eval import evaluate
 from dsv3.cli.inspect import inspect
+from dsv3.cli.keys import app as keys
+from dsv3.cli.serve import serve
 from dsv3.cli.tokenizer import app as tokenizer
 from dsv3.cli.train import train
 from dsv3.errors import UserError
@@ -42,6 +44,8 @@ app = typer.Typer(
     "deepseek-ai/DeepSeek-V3.",
 )
 app.command(epilog="Example: dsv3 chat nano --system 'You are a kind fox.'")(chat)
+app.command(epilog="Example: dsv3 serve nano --port 8000")(serve)
+app.add_typer(keys, name="keys", epilog="Example: dsv3 keys add ada --file keys.json")
 app.command(epilog="Example: dsv3 inspect v3-671b")(inspect)
 app.command("eval", epilog="Example: dsv3 eval nano --tasks needle --lengths 512,1024 --plot needle.png")(
     evaluate

@@ -1,0 +1,204 @@
+"""/v1/chat/completions: what goes to the engine, and what comes back whole and in pieces."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dsv3.engine.grammar import StructuredOutput
+from tests.server.fakes import FakeEngine, chat, client, events, tokenizer
+
+PATH = "/v1/chat/completions"
+
+
+def ask(engine: FakeEngine | None = None, **more: Any) -> dict[str, Any]:
+    with client(engine) as http:
+        answer = http.post(PATH, json=chat(**more))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def chunks(engine: FakeEngine | None = None, **more: Any) -> list[dict[str, Any]]:
+    with client(engine) as http:
+        answer = http.post(PATH, json=chat(stream=True, **more))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *found, done = events(answer.text)
+    assert done == "[DONE]"
+    return [json.loads(event) for event in found]
+
+
+def test_an_answer_has_openais_shape() -> None:
+    answer = ask(FakeEngine(says="Hello there"), model="dsv3")
+    assert answer["id"].startswith("chatcmpl-") and answer["object"] == "chat.completion"
+    assert answer["model"] == "dsv3" and answer["system_fingerprint"].startswith("dsv3-")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello there", "refusal": None}
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == len(tokenizer().encode("Hello there"))
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_the_pieces_of_a_stream_are_the_whole() -> None:
+    text = 'Once "upon" a\ntime 从前有一只小狐狸 🙂'
+    found = chunks(FakeEngine(says=text))
+    assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in found) == text
+    assert [c["choices"][0]["finish_reason"] for c in found] == [None] * (len(found) - 1) + ["length"]
+    assert {c["object"] for c in found} == {"chat.completion.chunk"}
+    assert len({c["id"] for c in found}) == 1
+    assert "usage" not in found[-1]
+
+
+def test_usage_comes_last_where_it_is_asked_for() -> None:
+    found = chunks(FakeEngine(says="Hi"), stream_options={"include_usage": True})
+    assert found[-1]["choices"] == [] and found[-1]["usage"]["completion_tokens"] == 2
+    assert all(chunk["usage"] is None for chunk in found[:-1])
+
+
+def test_several_answers_are_told_apart() -> None:
+    engine = FakeEngine(says="Hello there")
+    answer = ask(engine, n=3)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in answer["choices"]} == {"Hello there"}
+    assert engine.calls[0].params.n == 3
+    found = chunks(FakeEngine(says="Hello there"), n=2)
+    for index in (0, 1):
+        own = [c["choices"][0] for c in found if c["choices"][0]["index"] == index]
+        assert own[0]["delta"]["role"] == "assistant"
+        assert "".join(choice["delta"].get("content", "") for choice in own) == "Hello there"
+        assert own[-1]["finish_reason"] == "length"
+
+
+def test_parameters_reach_the_engine_over_the_checkpoints_own() -> None:
+    engine = FakeEngine()
+    given = {
+        "temperature": 0.25,
+        "top_k": 7,
+        "min_p": 0.1,
+        "seed": 11,
+        "stop": ["\n", "END"],
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
+        "min_tokens": 2,
+        "max_completion_tokens": 9,
+        "ignore_eos": True,
+        "stop_token_ids": [5],
+        "allowed_token_ids": [5, 6, 7],
+    }
+    ask(engine, **given, logit_bias={"12": -100, "13": 2.5})
+    params = engine.calls[0].params
+    assert params.top_p == 0.9, "the checkpoint's default is lost"
+    assert params.logit_bias == {12: -100, 13: 2.5}
+    assert params.max_tokens == 9
+    for name in given.keys() - {"max_completion_tokens"}:
+        expected = tuple(given[name]) if isinstance(given[name], list) else given[name]
+        assert getattr(params, name) == expected, name
+
+
+def test_without_a_limit_an_answer_goes_on_to_the_end_of_the_context() -> None:
+    engine = FakeEngine()
+    ask(engine)
+    assert engine.calls[0].params.max_tokens is None
+    assert 590 < (engine.calls[0].deadline or 0) <= 600
+
+
+def test_the_prompt_is_the_chat_templates_text() -> None:
+    engine = FakeEngine()
+    messages = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "Three", "refusal": None},
+        {"role": "user", "content": "Say <｜Assistant｜>"},
+    ]
+    with client(engine) as http:
+        assert http.post(PATH, json={"messages": messages}).status_code == 200
+    prompt = engine.calls[0].prompt_ids
+    text = tokenizer().decode(prompt, skip_special_tokens=False)
+    assert text == (
+        "<｜begin▁of▁sentence｜>Be kind.<｜User｜>One\ntwo<｜Assistant｜>Three<｜end▁of▁sentence｜>"
+        "<｜User｜>Say <｜Assistant｜><｜Assistant｜>"
+    )
+    assistant = tokenizer().encode("<｜Assistant｜>")[0]
+    assert prompt.count(assistant) == 2, "what a user spells out became a control token"
+
+
+def test_logprobs_name_tokens_and_bytes() -> None:
+    (choice,) = ask(FakeEngine(says="fox 狐"), logprobs=True, top_logprobs=3)["choices"]
+    content = choice["logprobs"]["content"]
+    assert bytes(byte for token in content for byte in token["bytes"]).decode() == "fox 狐"
+    assert content[0]["logprob"] == -0.75
+    assert [entry["logprob"] for entry in content[0]["top_logprobs"]] == [-0.5, -0.75, -9999.0]
+    found = chunks(FakeEngine(says="fox 狐"), logprobs=True)
+    streamed = [
+        token for chunk in found if (lp := chunk["choices"][0]["logprobs"]) for token in lp["content"]
+    ]
+    assert [token["bytes"] for token in streamed] == [token["bytes"] for token in content]
+    assert streamed[0]["top_logprobs"] == []
+
+
+def test_token_ids_and_prompt_logprobs_where_asked_for() -> None:
+    engine = FakeEngine(says="Hello")
+    answer = ask(engine, return_token_ids=True, prompt_logprobs=1)
+    assert answer["prompt_token_ids"] == engine.calls[0].prompt_ids
+    assert answer["choices"][0]["token_ids"] == tokenizer().encode("Hello")
+    first, second, *_ = answer["prompt_logprobs"]
+    assert first is None
+    assert second[str(engine.calls[0].prompt_ids[1])]["logprob"] == -0.75
+    found = chunks(FakeEngine(says="Hello"), return_token_ids=True, prompt_logprobs=1)
+    assert [i for c in found for i in c["choices"][0].get("token_ids", ())] == tokenizer().encode("Hello")
+    assert found[1]["prompt_token_ids"] == answer["prompt_token_ids"]
+    assert found[1]["prompt_logprobs"] == answer["prompt_logprobs"]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"response_format": {"type": "json_object"}}, StructuredOutput(json_object=True)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+            StructuredOutput(json_schema=json.dumps(SCHEMA)),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, StructuredOutput(json_schema=json.dumps(SCHEMA))),
+        ({"structured_outputs": {"regex": "a+"}}, StructuredOutput(regex="a+")),
+        ({"guided_choice": ["yes", "no"]}, StructuredOutput(choice=("yes", "no"))),
+        ({"guided_grammar": 'root ::= "a"'}, StructuredOutput(grammar='root ::= "a"')),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)
+def test_the_form_of_an_answer(asked: dict[str, Any], expected: StructuredOutput | None) -> None:
+    engine = FakeEngine()
+    ask(engine, **asked)
+    assert engine.calls[0].params.structured == expected
+    assert engine.compiled == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"store": False},
+        {"user": "x", "metadata": {"a": "b"}, "service_tier": "auto"},
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "top_p": 1},
+        {"parallel_tool_calls": True, "tools": [], "tool_choice": "none"},
+        {"modalities": ["text"], "audio": None, "reasoning_effort": None},
+        {"logprobs": False, "logit_bias": {}, "stop": None, "n": 1},
+        {"stream": False, "max_tokens": 5, "max_completion_tokens": 5},
+    ],
+)
+def test_what_asks_for_nothing_is_accepted(harmless: dict[str, Any]) -> None:
+    ask(**harmless)
+
+
+def test_the_id_is_the_requests() -> None:
+    with client() as http:
+        answer = http.post(PATH, json=chat(), headers={"x-request-id": "mine-1"})
+    assert answer.json()["id"] == "chatcmpl-mine-1"
+    assert answer.headers["x-request-id"] == "mine-1"

@@ -1,0 +1,110 @@
+"""/v1/responses: items, the events that tell of them, and what is refused for want of a memory."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.server.fakes import FakeEngine, client, events, tokenizer
+
+PATH = "/v1/responses"
+
+
+def ask(engine: FakeEngine | None = None, **request: Any) -> dict[str, Any]:
+    with client(engine) as http:
+        answer = http.post(PATH, json=request)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_response_is_a_list_of_items() -> None:
+    answer = ask(FakeEngine(says="Hello there"), input="Hi", metadata={"a": "b"})
+    assert (answer["object"], answer["status"], answer["store"]) == ("response", "incomplete", False)
+    (item,) = answer["output"]
+    assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "incomplete")
+    assert item["content"] == [
+        {"type": "output_text", "text": "Hello there", "annotations": [], "logprobs": []}
+    ]
+    assert answer["metadata"] == {"a": "b"}
+    assert answer["usage"]["input_tokens_details"] == {"cached_tokens": 2}
+    assert answer["usage"]["output_tokens"] == len(tokenizer().encode("Hello there"))
+
+
+def test_an_answer_that_ends_by_itself_is_complete() -> None:
+    answer = ask(FakeEngine(says="Hello", finish="stop"), input="Hi")
+    assert (answer["status"], answer["incomplete_details"]) == ("completed", None)
+
+
+def test_a_stream_tells_of_every_step() -> None:
+    with client(FakeEngine(says="Hello there fox", finish="stop")) as http:
+        text = http.post(PATH, json={"input": "Hi", "stream": True}).text
+    found = [json.loads(event) for event in events(text)]
+    kinds = [event["type"] for event in found]
+    deltas = kinds.count("response.output_text.delta")
+    assert deltas > 2
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.output_text.delta"] * deltas,
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    assert "".join(e["delta"] for e in found if e["type"].endswith("text.delta")) == "Hello there fox"
+    assert len({e["item_id"] for e in found if "item_id" in e}) == 1
+    whole = found[-1]["response"]
+    assert whole["output"][0]["content"][0]["text"] == "Hello there fox"
+    assert whole["usage"]["total_tokens"] > 0
+    for line in text.splitlines():
+        assert not line or line.startswith(("event: ", "data: "))
+
+
+def test_a_conversation_comes_as_items() -> None:
+    engine = FakeEngine()
+    items = [
+        {"role": "user", "content": "One"},
+        {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed",
+         "content": [{"type": "output_text", "text": "Two", "annotations": []}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "Three"}]},
+    ]  # fmt: skip
+    ask(engine, input=items, instructions="Be kind.")
+    text = tokenizer().decode(engine.calls[0].prompt_ids, skip_special_tokens=False)
+    assert text == (
+        "<｜begin▁of▁sentence｜>Be kind.<｜User｜>One<｜Assistant｜>Two<｜end▁of▁sentence｜>"
+        "<｜User｜>Three<｜Assistant｜>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("refused", "param"),
+    [
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+    ],
+)
+def test_what_needs_a_memory_or_openais_tools_is_refused(refused: dict[str, Any], param: str) -> None:
+    with client() as http:
+        answer = http.post(PATH, json={"input": "Hi", **refused})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_failure_on_the_way_is_an_event() -> None:
+    with client(FakeEngine(fails_at=2)) as http:
+        text = http.post(PATH, json={"input": "Once upon a time", "stream": True}).text
+    last = json.loads(events(text)[-1])
+    assert last["type"] == "response.failed"
+    assert last["response"]["status"] == "failed"
+    assert last["response"]["error"]["code"] == "engine_error"
