@@ -28,6 +28,23 @@ def test_there_and_back(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
         assert main(["chat", str(folder), "-p", "fox", "--max-tokens", "4"]) == 0
 
 
+def test_gguf_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "nano.gguf"
+    assert main(["convert", "nano", str(out), "--to", "gguf-bf16"]) == 0
+    first, note = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"wrote {out} as gguf-bf16: ") and first.endswith(" of weights in 1 file")
+    assert note.startswith("note: multi-token prediction is block ")
+    assert out.read_bytes()[:4] == b"GGUF"
+    assert main(["convert", "nano", str(out), "--to", "gguf-f32", "--no-mtp", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"out": str(out), "format": "gguf-f32", "shards": 1, "bytes": facts["bytes"]}
+    assert main(["convert", "nano", str(tmp_path), "--to", "gguf-f32"]) == 1
+    assert "is a folder: name a file" in capsys.readouterr().err
+    assert main(["convert", "nano", str(tmp_path / "hf"), "--to", "hf-bf16", "--no-mtp"]) == 1
+    assert "--no-mtp is for GGUF" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["nano.gguf"]
+
+
 def test_a_folder_of_something_else_is_left_alone(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,12 +82,7 @@ def write_weights(
     `tensors` yields what `infos` announces, in the same order. max_shard_size is in bytes.
     """
     total = sum(info.nbytes for info in infos)
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise CheckpointError(
-            f"{folder.parent} has {size(free)} free, but the weights take {size(total)}: free some, or name a "
-            "folder on another disk"
-        )
+    check_space(folder, total)
     shards = _split(infos, max_shard_size)
     if len(shards) == 1:
         write_shard(folder / SINGLE, shards[0], tensors)
@@ -98,6 +93,16 @@ def write_weights(
         write_shard(folder / file, shard, tensors)
         weight_map |= {info.name: file for info in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def check_space(folder: Path, total: int) -> None:
+    """Raise CheckpointError if the disk of a folder that `staged` or `staged_file` gave has no room for `total` bytes."""
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise CheckpointError(
+            f"{folder.parent} has {size(free)} free, but the weights take {size(total)}: free some, or name a "
+            "folder on another disk"
+        )
 
 
 def _split(infos: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
@@ -151,6 +156,37 @@ def staged(out: Path, is_replaced: Callable[[Path], bool] = is_weights) -> Itera
         )
     if out.is_mount():
         raise CheckpointError(f"{out} is a mount point, which cannot be replaced: name a folder in it")
+    with _workplace(out, "folder") as new:
+        with _nothing_written():
+            yield new
+        _exchange(new, out, is_replaced)
+
+
+@contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """Give the path of a file to write that becomes `out` if all goes well, and vanishes if not."""
+    out = expand(out).resolve()
+    if out.is_dir():
+        raise CheckpointError(f"{out} is a folder: name a file to write to, for example {out / 'model.gguf'}")
+    with _workplace(out, "file") as folder:
+        with _nothing_written():
+            yield folder / out.name
+        os.replace(folder / out.name, out)
+
+
+@contextmanager
+def _nothing_written() -> Iterator[None]:
+    """Let an interruption say so."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("nothing was written")
+        raise
+
+
+@contextmanager
+def _workplace(out: Path, kind: str) -> Iterator[Path]:
+    """Give an empty folder beside `out`, which is to be a `kind`. What is left of it in the end vanishes."""
     here = f".{out.name}.{platform.node()}-"
     new = out.with_name(f"{here}{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -159,14 +195,9 @@ def staged(out: Path, is_replaced: Callable[[Path], bool] = is_weights) -> Itera
         new.mkdir()
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}"
-        raise CheckpointError(f"{out} cannot be written ({problem}): name a folder elsewhere") from None
+        raise CheckpointError(f"{out} cannot be written ({problem}): name a {kind} elsewhere") from None
     try:
-        try:
-            yield new
-        except KeyboardInterrupt as interrupt:
-            interrupt.add_note("nothing was written")
-            raise
-        _exchange(new, out, is_replaced)
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
