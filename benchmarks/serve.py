@@ -8,7 +8,7 @@
 
 Everything goes over HTTP as from any client: /v1/completions with `stream`, on this machine, so that the cores are
 shared by server and clients alike. Prompts begin with the same `--prefix` tokens and end differently, as those of one
-application with one system prompt do; answers have exactly `--tokens` tokens. A server is started for each measurement
+application with one system prompt do; answers are greedy and have exactly `--tokens` tokens. A server is started for each measurement
 and stopped after it; `--url` measures one that runs already.
 
 Times are of what a client sees: to the first event with text, and between events. (A server that speculates sends more
@@ -215,7 +215,11 @@ def model_folder(model: str) -> Path:
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, body: dict[str, Any], leave_after: int | None = None
+    session: aiohttp.ClientSession,
+    url: str,
+    body: dict[str, Any],
+    leave_after: int | None = None,
+    tries: int = 2,
 ) -> Outcome:
     """One request; with leave_after the client hangs up after so many events."""
     outcome = Outcome(time.perf_counter())
@@ -250,8 +254,7 @@ def body(prompt: str, tokens: int, **more: Any) -> dict[str, Any]:
         "max_tokens": tokens,
         "stream": True,
         "ignore_eos": True,
-        "temperature": 0.7,
-        "top_p": 0.95,
+        "temperature": 0,
         **more,
     }
 
@@ -512,7 +515,7 @@ def main() -> None:
     parser.add_argument("--serve-flags", default="", help="further flags of dsv3 serve")
     parser.add_argument("--threads", type=int, default=1, help="of dsv3; llama-server always has 2")
     parser.add_argument("--llama-server", help="the program; without it peers measures dsv3 alone")
-    parser.add_argument("--llama-flags", default="--no-webui")
+    parser.add_argument("--llama-flags", default="-fa on -no-kvu --no-webui")
     parser.add_argument("--gguf", help="the same weights for llama-server (default: converted here)")
     parser.add_argument("--clients", type=int, nargs="+", default=None)
     parser.add_argument("--prefix", type=int, default=1000, help="tokens that all prompts begin with")

@@ -133,6 +133,9 @@ SCHEMAS: list[Any] = [
     {"type": "string", "pattern": "^[\\s\\S]{2,5}?$"},
     {"type": "string", "pattern": '^["\\\\]{2}\\n(\\t|)\\x01\\u0022[^\\w\\d ][\\]a-d-]+$'},
     {"type": "string", "pattern": "^$|^(?:a|b)c*(?<n>x)?\\W\\D$"},
+    {"type": "string", "pattern": ".,+[^a]a"},
+    {"type": "string", "minLength": 221},
+    {"type": "string", "maxLength": 0},
     {"type": ["string", "null"], "minLength": 2, "maxLength": 4, "format": "email"},
     {"type": "object", "patternProperties": {'^"x"$': True, "^y{2}$": {"type": "null"}}},
     {"type": "string", "format": "date-time"},
@@ -288,6 +291,20 @@ def test_answers_of_one_grammar_do_not_meet() -> None:
     assert not second.allows(tokenizer.encode("b")[0])
 
 
+def test_a_mask_of_xgrammar_that_is_wrong_ends_the_answer() -> None:
+    """The class allows no quote, but after "H" xgrammar 0.2 lets a comma with one pass, and then does not take it."""
+    tokenizer = nano()
+    spec = StructuredOutput(grammar="root ::= [H] [,]+ [ -!#-~\\ue000-\\U0010ffff] [a]")
+    matcher = compiler_of(tokenizer).compile(spec).matcher()
+    matcher.accept(tokenizer.encode("H")[0])
+    (token,) = tokenizer.encode(',"')
+    if matcher.allows(token):
+        matcher.accept(token)
+        assert matcher.failed and allowed(matcher, tokenizer.vocab_size + 100) == list(
+            tokenizer.eos_token_ids
+        )
+
+
 def test_without_an_end_token_the_form_is_finished_all_the_same() -> None:
     tokenizer = nano()
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, [])
@@ -398,6 +415,13 @@ def nested(depth: int) -> str:
         ),
         ({"json_schema": '{"pattern": 5}'}, "the pattern is 5"),
         ({"json_schema": '{"minLength": -1}'}, "minLength is -1"),
+        ({"json_schema": '{"minLength": 1001}'}, "minLength is 1001"),
+        (
+            {"json_schema": '{"minProperties": 3, "required": ["a"], "additionalProperties": true}'},
+            "2 is all it can be",
+        ),
+        ({"json_schema": '{"minimum": "x"}'}, "minimum is"),
+        ({"json_schema": '{"maximum": 1e300}'}, r"maximum is 1e\+300: it must be below"),
         ({"json_schema": '{"patternProperties": {"a": {}, "^a$": {}}}'}, "two patterns are the same"),
         ({"json_schema": '{"enum": []}'}, "enum is"),
         ({"json_schema": '{"type": "string", "const": 5}'}, "no value of const"),
@@ -448,7 +472,7 @@ def test_wrong_parameters_of_a_tool_are_named() -> None:
     "spec",
     [
         {"json_schema": nested(45)},
-        {"json_schema": '{"type": "string", "minLength": 1000000000, "maxLength": 2000000000}'},
+        {"json_schema": '{"type": "string", "minLength": 300, "maxLength": 2000000000}'},
         {"json_schema": '{"type": "array", "items": {"type": "string"}, "minItems": 1000000}'},
         {"json_schema": json.dumps({"enum": [f"v{i}" for i in range(6000)]})},
         {"regex": "((a{1000}){1000}){1000}"},

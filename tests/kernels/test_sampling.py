@@ -179,3 +179,15 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     together = draw(logits, **columns(rows), uniform=uniform)  # type: ignore[arg-type]
     alone = [draw(logits[i : i + 1], **columns([rows[i]]), uniform=[uniform[i]])[0] for i in range(9)]  # type: ignore[arg-type]
     assert together == alone
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_rows_with_nothing_to_draw_from_are_told(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native and library() is None:
+        pytest.skip("no native kernels on this machine")
+    if not native:
+        monkeypatch.setattr(sampling, "library", lambda: None)
+    logits = torch.zeros(5, 40)
+    logits[1, 3], logits[2, 39], logits[3] = torch.nan, torch.inf, -torch.inf
+    drawn = draw(logits, **columns([Rules(top_p=0.9)] * 5), uniform=[0.5] * 5)  # type: ignore[arg-type]
+    assert [token_id >= 0 for token_id in drawn] == [True, False, False, False, True]

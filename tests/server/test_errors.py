@@ -211,7 +211,8 @@ def test_the_deadline_is_504_and_in_a_stream_an_event() -> None:
         assert json.loads(last)["error"]["code"] == "timeout"
 
 
-def test_a_thousand_mangled_bodies_leave_the_server_serving() -> None:
+@pytest.mark.slow
+def test_ten_thousand_mangled_bodies_leave_the_server_serving() -> None:
     """Valid requests with bytes changed, cut and doubled: whatever comes of it, it is no 5xx."""
     generator = random.Random(0)
     whole = [
@@ -226,7 +227,7 @@ def test_a_thousand_mangled_bodies_leave_the_server_serving() -> None:
         ("/detokenize", {"tokens": [1, 2, 3]}),
     ]
     with client() as http:
-        for _ in range(1000):
+        for _ in range(10_000):
             path, request = generator.choice(whole)
             body = bytearray(json.dumps(request).encode())
             for _ in range(generator.randint(1, 4)):

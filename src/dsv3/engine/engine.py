@@ -350,7 +350,7 @@ class Engine:
             if ahead:
                 pieces = [Piece(s.blocks, s.computed + ahead - 1, 1) for s in sequences]
                 hidden = self.runner.draft(pieces, [s.drafts[-1:] for s in sequences], hidden)
-            guesses: list[int] = self.runner.logits(hidden).argmax(dim=-1).tolist()
+            guesses: list[int] = self.runner.logits(hidden).max(dim=-1).indices.tolist()
             for sequence, guess in zip(sequences, guesses, strict=True):
                 sequence.drafts.append(guess)
 

@@ -15,8 +15,9 @@ keep it busy for seconds, one of sixty for minutes, since each state is checked 
 let other threads run meanwhile. So a text may have 65,536 characters, a schema 100 levels, and forms are compiled on
 threads of their own, two at a time: who waits longer than 10 seconds is told so. What runs on then ends by itself, and
 its result is kept. Grammars that can be read in very many ways are slow to follow rather than to compile; an answer
-whose form takes more than its share of processor time is ended there. What remains: two compilations may
-go on for minutes that nobody waits for any more, and meanwhile other new forms are refused; those in the cache are not.
+whose form takes more than its share of processor time is ended there, as is one whose grammar leads nowhere
+(`Matcher.failed`). What remains: two compilations may go on for minutes that nobody waits for any more, and meanwhile
+other new forms are refused; those in the cache are not.
 """
 
 from __future__ import annotations
@@ -380,8 +381,9 @@ class Matcher:
             self._reasoning = token_id != self._grammar.think_end
         else:
             before = time.thread_time()
-            if not self._inner.accept_token(token_id):
-                raise GrammarError(f"xgrammar does not take the token {token_id}, which its own mask allows")
+            # xgrammar 0.2 has masks that allow what it then does not take (of classes with ranges up to the last
+            # character, say). The token has been said: the answer cannot have the form any more.
+            self._failed = not self._inner.accept_token(token_id)
             self._left += SHARE + before - time.thread_time()
             self._last_byte = self._vocabulary.last_bytes[token_id]
         self._fresh = False

@@ -175,6 +175,9 @@ def _token_ids(name: str, values: object) -> tuple[int, ...]:
     return ids
 
 
+_NOT_NUMBERS = "the logits are not numbers: the weights are damaged, or overflow in this dtype"
+
+
 def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -279,19 +282,24 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
         for i in adjusting:
             samplers[i].adjust(adjusted[i])
 
-    token_ids = likeliest(adjusted)
+    token_ids = [-1] * len(samplers)
+    settled = [i for i, sampler in enumerate(samplers) if sampler.params.greedy]
     drawing = [i for i, sampler in enumerate(samplers) if not sampler.params.greedy]
+    if settled:
+        for i, token_id in zip(settled, likeliest(_rows(adjusted, settled)), strict=True):
+            token_ids[i] = token_id
     if drawing:
-        rows = adjusted if len(drawing) == len(samplers) else adjusted[drawing]
         asked_for = [samplers[i].params for i in drawing]
         drawn = draw(
-            rows,
+            _rows(adjusted, drawing),
             temperature=[params.temperature for params in asked_for],
             top_k=[params.top_k for params in asked_for],
             top_p=[params.top_p for params in asked_for],
             min_p=[params.min_p for params in asked_for],
             uniform=[samplers[i].uniform() for i in drawing],
         )
+        if min(drawn) < 0:
+            raise UserError(_NOT_NUMBERS)
         for i, token_id in zip(drawing, drawn, strict=True):
             token_ids[i] = token_id
     for i in adjusting:
@@ -305,6 +313,10 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
     return [Sampled(token_id, reports.get(i)) for i, token_id in enumerate(token_ids)]
 
 
+def _rows(logits: Tensor, places: list[int]) -> Tensor:
+    return logits if len(places) == len(logits) else logits[places]
+
+
 # The steps, as functions of tensors --------------------------------------------------------------------
 
 
@@ -312,7 +324,7 @@ def likeliest(logits: Tensor) -> list[int]:
     """The id of the largest logit in each row; raises UserError where that is not a number."""
     largest, ids = logits.max(dim=-1)
     if not all(map(math.isfinite, largest.tolist())):
-        raise UserError("the logits are not numbers: the weights are damaged, or overflow in this dtype")
+        raise UserError(_NOT_NUMBERS)
     token_ids: list[int] = ids.tolist()
     return token_ids
 

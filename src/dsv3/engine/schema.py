@@ -4,10 +4,13 @@ xgrammar turns a JSON schema into a grammar, and passes in silence over what it 
 all of an `allOf` but its first part, bounds beside an `anyOf`, a required key that is described nowhere, bounds
 without a type. The text would then not be what was asked for, and nobody would know. So a schema is read here
 first: what no grammar can hold is an error that names the keyword and its place (`$.properties.age`), and what can be
-said so that xgrammar does hear it is said that way. What stays different: `oneOf` takes texts
-that meet several of its branches, objects have their keys in the schema's order and no keys that the schema does
-not name (unless `additionalProperties` asks for them), patterns match the whole string, and `format` binds where
-xgrammar knows it (dates, UUIDs, addresses) and is a remark elsewhere.
+said so that xgrammar does hear it is said that way. The insides of strings, by length and by pattern, are grammars of
+our own, since xgrammar's let control characters through, and read some patterns wrongly.
+
+What stays different: `oneOf` takes texts that meet several of its branches, keys that the schema does not name may come
+twice, objects have their keys in the schema's order and no keys that the schema does not name (unless
+`additionalProperties` asks for them), patterns match the whole string, and `format` binds where xgrammar knows it
+(dates, UUIDs, addresses) and is a remark elsewhere.
 
 Size and depth are bounded because the time to make a grammar is not: it grows with the square of how deep a schema
 nests.
@@ -28,6 +31,9 @@ MAX_CHARS = 1 << 16
 
 MAX_DEPTH = 100
 """How deep a schema may nest, counted in brackets: some 50 objects in objects."""
+
+MAX_LEAST = 1000
+"""The longest string that a schema may insist on: each of its characters is a state of the grammar."""
 
 RULE = "dsv3rule{}x"
 """The pattern that stands for a rule; see `read_schema`."""
@@ -222,6 +228,11 @@ class _Reader:
                 self._fail(place, f"there are bounds of {' and '.join(kinds)} and no type: say which it is")
             node["type"] = kinds[0]
             types = kinds
+        for key in _KINDS["number"] & node.keys():
+            if not isinstance(node[key], int | float) or isinstance(node[key], bool):
+                self._fail(place, f"{key} is {_short(node[key])}: it must be a number")
+            if abs(node[key]) >= 1 << 53 and (isinstance(node[key], float) or "number" in types):
+                self._fail(place, f"{key} is {_short(node[key])}: it must be below 2**53")
         if "object" in types:
             self._object(node, place)
         if "array" in types:
@@ -241,6 +252,8 @@ class _Reader:
         for key, length in (("minLength", least), ("maxLength", least if most is None else most)):
             if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length < 1 << 31:
                 self._fail(place, f"{key} is {_short(length)}: it must be a whole number, 0 or above")
+        if least > MAX_LEAST:
+            self._fail(place, f"minLength is {least}: it must be at most {MAX_LEAST}")
         if most is not None and most < least:
             self._fail(place, f"minLength {least} is more than maxLength {most}")
         node["pattern"] = self._named(length_rule(least, most))
@@ -297,6 +310,15 @@ class _Reader:
                         place, f"{key!r} is required, but not among the properties, and no others may be"
                     )
                 node["properties"] = {**node.get("properties", {}), key: others}
+        least = node.get("minProperties", 0)
+        others_come = "properties" not in node or bool(
+            {"additionalProperties", "patternProperties"} & node.keys()
+        )
+        if others_come and isinstance(least, int) and least > len(required) + 1:
+            self._fail(
+                place,
+                f"minProperties is {least}: names may come twice, so {len(required) + 1} is all it can be",
+            )
 
 
 def _is_of(value: Any, types: list[str]) -> bool:
@@ -440,12 +462,17 @@ def string_rule(pattern: str, name: str) -> str:
     return "@ ::= " + " ".join(parts)
 
 
+_REPEATED = 100
+
+
 def length_rule(least: int, most: int | None) -> str:
     """The inside of a JSON string of so many characters.
 
     Counted by xgrammar's `max_chars` (an escape counts as two): a repetition would cost a state for each character.
     """
-    start = f"{_string_character(_ANY)}{{{least}}} " if least else ""
+    # In one piece, xgrammar 0.2 loses count of more than 128.
+    pieces = [_REPEATED] * (least // _REPEATED) + [least % _REPEATED] * (least % _REPEATED > 0)
+    start = "".join(f"{_string_character(_ANY)}{{{piece}}} " for piece in pieces)
     letters = "".join(_SHORT.values()).replace("\\", "\\\\")
     rest = f'({_string_character(_ANY)} | "\\\\" [{letters}])*'
     if most is None:
@@ -508,7 +535,10 @@ def _string_character(ranges: Ranges) -> str:
     """
     plain = _common(ranges, _PLAIN)
     if plain:
-        return "[" + "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in plain) + "]"
+        # By what they leave out: of ranges that reach up to the last character xgrammar 0.2 makes wrong masks.
+        negated = plain[-1][1] == _LAST
+        listed = _without(plain) if negated else plain
+        return f"[{'^' * negated}" + "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in listed) + "]"
     ways = []
     letters = [letter for code, letter in _SHORT.items() if _common(ranges, [(code, code)])]
     if letters:

@@ -8,6 +8,7 @@
 #include "vectors.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <vector>
 
@@ -98,15 +99,21 @@ class Words {
     std::vector<double> sum = std::vector<double>(1 << (32 - BITS));
 };
 
-// Fills weight [vocab] and returns its sum, whose order of addition depends on the row alone.
+// Fills weight [vocab] and returns its sum, whose order of addition depends on the row alone; not a number where no
+// logit is a finite largest one.
 double weigh(const float* logits, float* weight, int64_t vocab, float temperature) {
     const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
     __m512 largest = nothing;
+    __mmask16 broken = 0;
     for (int64_t i = 0; i < vocab; i += LANES) {
         const __mmask16 there = i + LANES <= vocab ? 0xffff : __mmask16((1u << (vocab - i)) - 1);
-        largest = _mm512_mask_max_ps(largest, there, largest, _mm512_maskz_loadu_ps(there, logits + i));
+        const __m512 x = _mm512_maskz_loadu_ps(there, logits + i);
+        broken |= _mm512_mask_cmp_ps_mask(there, x, x, _CMP_UNORD_Q);
+        largest = _mm512_mask_max_ps(largest, there, largest, x);
     }
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), scale = _mm512_set1_ps(1.0f / temperature);
+    const float most = _mm512_reduce_max_ps(largest);
+    if (broken || !std::isfinite(most)) return __builtin_nan("");
+    const __m512 top = _mm512_set1_ps(most), scale = _mm512_set1_ps(1.0f / temperature);
     __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
     for (int64_t i = 0; i < vocab; i += LANES) {
         const __mmask16 there = i + LANES <= vocab ? 0xffff : __mmask16((1u << (vocab - i)) - 1);
@@ -122,13 +129,18 @@ double weigh(const float* logits, float* weight, int64_t vocab, float temperatur
 
 }  // namespace
 
-// logits [rows, vocab]; temperature, top_k (0: all), top_p, min_p and uniform, one of each a row; ids [rows] is the result.
+// logits [rows, vocab]; temperature, top_k (0: all), top_p, min_p and uniform, one of each a row; ids [rows] is
+// the result, -1 where there is nothing to draw from.
 extern "C" void draw(const float* logits, const float* temperature, const int64_t* top_k, const double* top_p,
                      const float* min_p, const double* uniform, int64_t* ids, int64_t rows, int64_t vocab) {
     std::vector<float> weight(vocab);
     Words words;
     for (int64_t row = 0; row < rows; row++) {
         const double all = weigh(logits + row * vocab, weight.data(), vocab, temperature[row]);
+        if (std::isnan(all)) {
+            ids[row] = -1;
+            continue;
+        }
         const bool limited = top_k[row] > 0 && top_k[row] < vocab, shared = top_p[row] < 1;
         for (float bound : {0x1p-8f, 0x1p-16f, 0.0f}) {
             words.gather(weight.data(), vocab, bound);

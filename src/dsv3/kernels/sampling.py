@@ -31,7 +31,7 @@ def draw(
     min_p: Sequence[float],
     uniform: Sequence[float],
 ) -> list[int]:
-    """One id for each row of logits [requests, vocab] float32, which has a finite largest number.
+    """One id for each row of logits [requests, vocab] float32; -1 for a row without a finite largest number.
 
     One of everything for each row: temperature above 0, top_k (0 or less keeps all), top_p and min_p (1 and 0 keep
     all), uniform in [0, 1).
@@ -48,6 +48,7 @@ def draw(
         call("draw", logits.contiguous(), *rules, ids, *logits.shape)
     else:
         ids = inverse_transform(distribution(logits, temperature, top_k, top_p, min_p), uniform)
+        ids[~logits.amax(dim=-1).isfinite()] = -1
     drawn: list[int] = ids.tolist()
     return drawn
 
