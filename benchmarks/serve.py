@@ -244,6 +244,9 @@ async def ask(
             else:
                 outcome.tokens = body["max_tokens"]
     except (TimeoutError, aiohttp.ClientError) as error:
+        stale = isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
+        if stale and outcome.first is None and tries:  # a kept connection that the server had closed
+            return await ask(session, url, body, leave_after, tries - 1)
         outcome.error = repr(error)
     return outcome
 

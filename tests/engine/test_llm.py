@@ -440,3 +440,16 @@ def test_the_mtp_modules_need_not_fit(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         LLM(tmp_path / "nowhere")
+
+
+def test_a_small_model_decodes_with_one_thread_and_reads_with_all(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = [4]
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    other = LLM(llm.model, tokenizer=llm.tokenizer)
+    other.use_threads()
+    assert threads == [4, 1]
+    other.generate([[5] * 200], SamplingParams(max_tokens=5, temperature=0.0))
+    assert threads == [4, 1, 4, 1], "for the step that reads the prompt, and not for those that decode"

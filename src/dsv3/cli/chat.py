@@ -115,14 +115,11 @@ def chat(
     given = {name: value for name, value in wanted.items() if value is not None}
     _check_flags(given)
 
-    import torch
-
     from dsv3.engine.llm import LLM
-    from dsv3.engine.machine import suggested_threads
 
     seed = secrets.randbits(32) if seed is None else seed
     llm = LLM(model, dtype=dtype, device=device, seed=seed, progress=sys.stderr.isatty())
-    torch.set_num_threads(threads or suggested_threads(llm.model))
+    llm.use_threads(threads)
     if thinking is not None and "thinking" not in (llm.tokenizer.chat_template or ""):
         raise UserError(
             f"--thinking changes nothing: the chat template of {model} does not know it, leave it out"

@@ -155,16 +155,13 @@ def evaluate(
         window,
     )
 
-    import torch
-
     from dsv3.engine.llm import LLM
-    from dsv3.engine.machine import suggested_threads
     from dsv3.figures import check_picture
 
     if plot is not None:
         check_picture(plot)
     llm = LLM(model, dtype=dtype, device=device, progress=sys.stderr.isatty())
-    torch.set_num_threads(suggested_threads(llm.model))
+    llm.use_threads()
     reports = {name: TASKS[name](llm, settings) for name in names}
     for name, report in reports.items():
         if plot is not None:

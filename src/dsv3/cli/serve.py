@@ -113,11 +113,8 @@ def serve(
     check_tls(settings)
 
     def engine() -> AsyncEngine:
-        import torch
-
         from dsv3.engine.async_engine import AsyncEngine
         from dsv3.engine.llm import LLM
-        from dsv3.engine.machine import suggested_threads
         from dsv3.engine.sampling import SamplingParams
 
         llm = LLM(
@@ -134,10 +131,10 @@ def serve(
             seed=seed,
             progress=sys.stderr.isatty(),
         )
-        torch.set_num_threads(threads or suggested_threads(llm.model))
+        llm.use_threads(threads)
         llm.generate(
             [[0]], SamplingParams(max_tokens=2)
-        )  # kernels are compiled now, before anybody waits for them
+        )  # compiles the kernels before anybody waits for them
         return AsyncEngine(llm, max_waiting=max_waiting)
 
     app = create_app(engine, settings)

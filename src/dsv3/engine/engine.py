@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -36,6 +37,8 @@ REMEMBERED = 2
 """Without cache_tokens the cache is this many times as large as all running sequences need at their longest."""
 REPORTED_TOGETHER = 64
 """Rows of logits that are made at once for prompt_logprobs: a long prompt's would take gigabytes."""
+MANY_TOKENS = 128
+"""Tokens of a step from which it is worth waking further threads for a small model."""
 
 
 class _NoText:
@@ -131,6 +134,8 @@ class Engine:
         self.pace = Pace() if speculation == "auto" and self.drafts else None
         self.drafted_tokens = self.accepted_tokens = self.generated_tokens = self.steps = 0
         self.finished: Counter[str] = Counter()
+        self.reading_threads: int | None = None
+        """Threads for steps of many tokens, where they are not torch's own number (`LLM.use_threads`)."""
         self._grammars: GrammarCompiler | None = None
         self._seed, self._requests = seed, 0
 
@@ -241,7 +246,8 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return late
-        hidden = self.runner.run([item.piece for item in work], [item.token_ids for item in work])
+        with self._threads_for(sum(item.new for item in work)):
+            hidden = self.runner.run([item.piece for item in work], [item.token_ids for item in work])
         lengths = [len(item.sequence.tokens) for item in work]
         ready = [i for i, item in enumerate(work) if item.completes and lengths[i] < item.sequence.limit]
         if ready:
@@ -261,6 +267,19 @@ class Engine:
             if sequence.finished:
                 self._leave(sequence)
         return late + done
+
+    @contextmanager
+    def _threads_for(self, tokens: int) -> Iterator[None]:
+        """More threads for a step that has much to read, where a step of decoding takes fewer."""
+        few = torch.get_num_threads()
+        if self.reading_threads is None or self.reading_threads == few or tokens < MANY_TOKENS:
+            yield
+            return
+        torch.set_num_threads(self.reading_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(few)
 
     def _choose(self, ready: list[Work], logits: Tensor) -> None:
         """The next token of each, and those after it for as long as the guesses are what would have been chosen.

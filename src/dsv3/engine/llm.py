@@ -31,7 +31,7 @@ from dsv3.checkpoint.pretrained import DeepseekV3, locate
 from dsv3.checkpoint.reader import read_config
 from dsv3.config import read_optional_json
 from dsv3.engine.engine import Engine, Speculation
-from dsv3.engine.machine import choose_device, choose_dtype
+from dsv3.engine.machine import choose_device, choose_dtype, suggested_threads
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
 from dsv3.engine.sequence import FinishReason, Sequence
 from dsv3.errors import CheckpointError, UserError
@@ -165,6 +165,15 @@ class LLM:
     def max_model_len(self) -> int:
         """The longest prompt and output together, in tokens."""
         return self.engine.max_model_len
+
+    def use_threads(self, threads: int | None = None) -> None:
+        """Set how many threads torch takes on a CPU; None: what is good for a model of this size.
+
+        A small model decodes with one, while steps that read long prompts take all there are.
+        """
+        every = torch.get_num_threads()
+        torch.set_num_threads(threads or suggested_threads(self.model))
+        self.engine.reading_threads = threads or every
 
     def generate(
         self,
