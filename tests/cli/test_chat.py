@@ -19,7 +19,7 @@ import pytest
 from dsv3 import LLM, SamplingParams
 from dsv3.cli.chat import Answer, Session, load_messages, save_messages
 from dsv3.cli.main import main
-from dsv3.engine.llm import RequestOutput
+from dsv3.engine.llm import CompletionOutput, RequestOutput
 from dsv3.engine.machine import suggested_threads
 from dsv3.errors import UserError
 from tests.cli.terminal import Terminal
@@ -220,7 +220,9 @@ class Scripted:
             if i == self.interrupt_after:
                 raise KeyboardInterrupt
             reason = "stop" if i == len(self.words) - 1 else None
-            yield RequestOutput(None, [1, 2], "", list(range(i + 1)), reason, delta=word)  # type: ignore[arg-type]
+            yield RequestOutput(
+                None, [1, 2], [CompletionOutput(0, "", list(range(i + 1)), reason)], delta=word
+            )  # type: ignore[arg-type]
 
 
 def session(llm: Any, **kwargs: Any) -> Session:
@@ -403,7 +405,7 @@ ENDLESS = """
 import sys, time
 from dsv3.cli.main import main
 from dsv3 import LLM
-from dsv3.engine.llm import RequestOutput
+from dsv3.engine.llm import CompletionOutput, RequestOutput
 from dsv3.engine.machine import suggested_threads
 
 answer = LLM.stream_chat
@@ -414,7 +416,7 @@ def stream_chat(self, messages, params, **variables):
         return
     words = 0
     while True:
-        yield RequestOutput(None, [1], "", [1] * (words + 1), None, delta=f"w{words} ")
+        yield RequestOutput(None, [1], [CompletionOutput(0, "", [1] * (words + 1), None)], delta=f"w{words} ")
         words += 1
         time.sleep(0.005)
 
