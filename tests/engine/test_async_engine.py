@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -147,7 +148,7 @@ def test_a_full_queue_refuses_more() -> None:
             await anext(generators[0])
             waiting = [asyncio.create_task(answer(e, [3])) for _ in range(2)]
             await until(lambda: e.stats().waiting == 2)
-            with pytest.raises(EngineBusy, match="2 requests are waiting already"):
+            with pytest.raises(EngineBusy, match="2 answers are waited for already"):
                 e.generate([4], GREEDY)
             await generators[0].aclose()
             assert [tokens(updates) for updates in await asyncio.gather(*waiting)] == [greedy([3], 12)] * 2
@@ -207,5 +208,25 @@ def test_closing_ends_everybody() -> None:
             await task
         with pytest.raises(EngineBusy, match="not running"):
             e.generate([1], GREEDY)
+
+    asyncio.run(main())
+
+
+def test_closing_forgets_nobody_who_has_just_come() -> None:
+    """Whose order lies unread, and who starts to read only afterwards, hear of it too."""
+
+    async def main() -> None:
+        async with running() as e:
+            step = e._engine.step
+            e._engine.step = lambda: (time.sleep(0.05), step())[1]  # type: ignore[method-assign, func-returns-value]
+            started = asyncio.create_task(answer(e, [1], SamplingParams(max_tokens=None)))
+            await until(lambda: e.stats().running == 1)
+            ordered = asyncio.create_task(answer(e, [2]))
+            await asyncio.sleep(0)
+            later = e.generate([3], GREEDY)
+        for task in (started, ordered, anext(later)):
+            with pytest.raises(EngineError, match="shut down"):
+                async with asyncio.timeout(5):
+                    await task
 
     asyncio.run(main())

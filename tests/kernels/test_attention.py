@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsv3.kernels import attention
 from dsv3.kernels.attention import causal_attention, latent_attention, per_head
 
 
@@ -153,3 +154,16 @@ def test_per_head_multiplies_by_the_part_alone(tokens: int, dtype: torch.dtype) 
         wanted = torch.einsum("thc,hrc->thr", y.double(), rows)
         found = per_head(y, weight, part, transposed=True)
         torch.testing.assert_close(found.double(), wanted, atol=5e-2, rtol=2e-2)
+
+
+def test_long_and_short_contexts_are_gathered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(12, 64, 24, generator=generator)
+    tables = torch.randperm(12, generator=generator).view(3, 4).int()
+    owners = torch.tensor([0, 1, 1, 2, 2], dtype=torch.int32)
+    positions = torch.tensor([250, 3, 4, 64, 100])
+    q = torch.randn(5, 2, 24, generator=generator)
+    where = cache, tables, owners, positions
+    whole = attention.paged_latent_attention(q, *where, rank=16, scale=0.2)
+    monkeypatch.setattr(attention, "_GATHERED", 2 * 4 * 64 * 24)
+    torch.testing.assert_close(attention.paged_latent_attention(q, *where, rank=16, scale=0.2), whole)

@@ -239,3 +239,15 @@ def test_layers_refuse_what_they_would_misread() -> None:
             inference.block_forward(layer, batch, x, cache)
     with pytest.raises(ValueError, match="does not fit"):
         inference.feed_forward(layer, random(3, 32))
+
+
+def test_linear_refuses_what_does_not_fit() -> None:
+    weight = torch.zeros(16, 32, dtype=torch.bfloat16)
+    if not inference.is_native(weight):
+        pytest.skip("no native kernels on this machine")
+    with pytest.raises(ValueError, match="do not fit"):
+        inference.linear(torch.zeros(3, 64, dtype=torch.bfloat16), weight)
+    with pytest.raises(ValueError, match="do not fit"):
+        inference.linear(
+            torch.zeros(3, 32, dtype=torch.bfloat16), weight, torch.zeros(8 * 4, dtype=torch.bfloat16)
+        )

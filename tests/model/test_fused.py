@@ -262,3 +262,17 @@ def test_experts_that_multiply_in_their_own_way_do_so() -> None:
 def _where(model: Transformer) -> tuple:  # type: ignore[type-arg]
     batch = FlatBatch.lay([Piece([0], 0, 5)], cache_for(CONFIG))
     return model.rope, model.rope(batch.positions), batch
+
+
+def test_a_block_with_hooks_goes_the_way_of_its_modules() -> None:
+    model = random_model(CONFIG, 0).to(torch.bfloat16)
+    block = model.layers[1]
+    assert fused.invariant(block)
+    seen: list[int] = []
+    handle = block.mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert not fused.invariant(block)
+    cache = [torch.zeros(1, 64, CONFIG.latent_dim, dtype=torch.bfloat16) for _ in range(3)]
+    model.forward_flat(torch.tensor([5]), FlatBatch.lay([Piece([0], 0, 1)], cache))
+    assert seen == [1]
+    handle.remove()
+    assert fused.invariant(block)

@@ -35,14 +35,14 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return parameters * dtype.itemsize + sum(buffer.numel() for buffer in model.buffers()) * 4
 
 
-def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token takes in the latent cache of all layers."""
-    return config.num_hidden_layers * config.latent_dim * dtype.itemsize
+def token_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
+    """Bytes that one token takes in the latent cache of all layers, `mtp`: and of the first MTP module's."""
+    return (config.num_hidden_layers + mtp) * config.latent_dim * dtype.itemsize
 
 
-def cache_tokens(config: ModelConfig, dtype: torch.dtype, free: int) -> int:
+def cache_tokens(config: ModelConfig, dtype: torch.dtype, free: int, mtp: bool = False) -> int:
     """How many tokens of cache the engine makes room for where so many bytes are free beside the weights."""
-    return int(free * CACHE_SHARE) // token_bytes(config, dtype)
+    return int(free * CACHE_SHARE) // token_bytes(config, dtype, mtp)
 
 
 def fits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dsv3.engine.grammar import CompiledGrammar
 from dsv3.engine.llm import LLM
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
 from dsv3.engine.sequence import FinishReason, Sequence, TextDecoder
@@ -28,6 +29,8 @@ from dsv3.errors import UserError
 SWITCH_INTERVAL = 0.0005
 """Seconds after which a thread that wants Python's lock gets it. The engine gives it up and takes it back hundreds of
 times a step; with Python's own 5 ms each time could cost as long as the step."""
+
+_SHUT_DOWN = "the engine was shut down"
 
 logger = logging.getLogger(__name__)
 
@@ -88,15 +91,14 @@ class _Mailbox:
     """Between the engine's thread and one reader. All but `sequences` is touched in the event loop alone."""
 
     sequences: list[Sequence]
-    updates: deque[Update] = field(default_factory=deque)
+    updates: dict[int, Update] = field(default_factory=dict)
+    """By the answer they are of: who reads slowly finds one of each."""
     error: EngineError | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, update: Update) -> None:
-        last = self.updates[-1] if self.updates else None
-        if last is not None and last.index == update.index:
-            update = _merged(self.updates.pop(), update)
-        self.updates.append(update)
+        earlier = self.updates.get(update.index)
+        self.updates[update.index] = update if earlier is None else _merged(earlier, update)
         self.arrived.set()
 
     def fail(self, error: EngineError) -> None:
@@ -128,13 +130,13 @@ class AsyncEngine:
     """Runs an `LLM`'s engine on a thread of its own and hands what it makes to asyncio."""
 
     def __init__(self, llm: LLM, *, max_waiting: int | None = None) -> None:
-        """max_waiting: requests that may wait for a place before further ones are refused; None: any number."""
+        """max_waiting: answers that may wait for a place before further requests are refused; None: any number."""
         self.llm = llm
         self.max_waiting = max_waiting
         self._engine = llm.engine
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
-        self._closing = False
+        self._closing = self._ended = False
         self._shown: dict[Sequence, _Shown] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -163,15 +165,19 @@ class AsyncEngine:
         decoder: Callable[[], TextDecoder] | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
+        grammar: CompiledGrammar | None = None,
     ) -> AsyncGenerator[Update, None]:
         """Answer a prompt; updates come as the answer (or each of n) grows, until all have a finish_reason.
 
         decoder: makes what turns ids into text, the tokenizer's by default; deadline: seconds from now; cache_salt: only
-        requests with the same one share what the cache holds. What is wrong with the request is raised here: UserError,
+        requests with the same one share what the cache holds; grammar: params.structured, compiled (else it is compiled
+        here, which may take seconds). What is wrong with the request is raised here: UserError,
         or EngineBusy; EngineError comes while reading. Closing the generator frees the request's blocks within a step.
         """
         return self._follow(
-            self._accept(prompt_ids, params, decoder=decoder, deadline=deadline, salt=cache_salt)
+            self._accept(
+                prompt_ids, params, decoder=decoder, deadline=deadline, salt=cache_salt, grammar=grammar
+            )
         )
 
     async def embed(self, prompt_ids: list[int], *, deadline: float | None = None) -> list[float]:
@@ -210,18 +216,20 @@ class AsyncEngine:
         if self._thread is None or self._closing:
             raise EngineBusy("the engine is not running")
         if self.max_waiting is not None and self.stats().waiting >= self.max_waiting:
-            raise EngineBusy(f"{self.max_waiting} requests are waiting already: try again later")
+            raise EngineBusy(f"{self.max_waiting} answers are waited for already: try again later")
         return _Mailbox(self._engine.sequences(prompt_ids, params, **kwargs))
 
     async def _follow(self, mailbox: _Mailbox) -> AsyncGenerator[Update, None]:
         left = len(mailbox.sequences)
         self._order(lambda: self._add(mailbox))  # here, so that a generator which nobody starts costs nothing
+        if self._ended:
+            raise EngineError(_SHUT_DOWN)
         try:
             while left:
                 await mailbox.arrived.wait()
                 mailbox.arrived.clear()
                 while mailbox.updates:
-                    update = mailbox.updates.popleft()
+                    update = mailbox.updates.pop(next(iter(mailbox.updates)))
                     left -= update.finish_reason is not None
                     yield update
                 if mailbox.error is not None:
@@ -238,18 +246,21 @@ class AsyncEngine:
 
     def _run(self) -> None:
         while not self._closing:
-            while self._orders:
-                self._orders.popleft()()
-            if not self._engine.unfinished:
-                self._wake.wait()
-                self._wake.clear()
-                continue
             try:
-                self._hand_out(self._engine.step())
+                while self._orders:
+                    self._orders.popleft()()
+                if self._engine.unfinished:
+                    self._hand_out(self._engine.step())
+                else:
+                    self._wake.wait()
+                    self._wake.clear()
             except Exception as error:  # whatever it is: those who wait hear of it, and the thread stays up
                 logger.exception("a step of the engine failed; %d requests end with it", len(self._shown))
                 self._fail(f"the engine failed: {error or type(error).__name__}")
-        self._fail("the engine was shut down")
+        self._ended = True  # from here on nobody gives orders
+        while self._orders:
+            self._orders.popleft()()
+        self._fail(_SHUT_DOWN)
 
     def _add(self, mailbox: _Mailbox) -> None:
         for index, sequence in enumerate(mailbox.sequences):
@@ -276,9 +287,9 @@ class AsyncEngine:
                 logprobs=None if params.logprobs is None else sequence.logprobs[shown.tokens :],
                 finish_reason=sequence.finish_reason,
                 stop_reason=sequence.stop_reason,
-                prompt_logprobs=None
-                if params.prompt_logprobs is None or not first
-                else sequence.prompt_logprobs,
+                prompt_logprobs=list(sequence.prompt_logprobs)
+                if first and params.prompt_logprobs is not None
+                else None,
                 cached_tokens=sequence.cached_tokens,
             )
             shown.characters, shown.tokens = len(text), len(tokens) - len(sequence.prompt_ids)

@@ -98,10 +98,17 @@ class BlockManager:
         self._users[block] += 1
 
     def name(self, block: int, name: bytes) -> None:
-        """Say what a block holds now that it is full. Where another block has this name, that one keeps it."""
-        if self._names[block] is None and name not in self._by_name:
-            self._names[block] = name
-            self._by_name[name] = block
+        """Say what a block holds now that it is full. Where another block has this name, that one keeps it, unless
+        only this one holds what the MTP module needs."""
+        if self._names[block] is not None:
+            return
+        other = self._by_name.get(name)
+        if other is not None:
+            if self.drafted[other] or not self.drafted[block]:
+                return
+            self._names[other] = None
+        self._names[block] = name
+        self._by_name[name] = block
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give blocks of a sequence back. The beginning, which others may want, is kept longest."""
@@ -111,8 +118,3 @@ class BlockManager:
                 self._free[block] = None
                 if self._names[block] is None:  # nothing to remember
                     self._free.move_to_end(block, last=False)
-
-    def forget(self) -> None:
-        """Drop all names: nothing that is here now will be found again."""
-        self._by_name.clear()
-        self._names = [None] * self.total

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv3.engine.cache import BLOCK, BlockManager, allocate
-from dsv3.engine.grammar import GrammarCompiler
+from dsv3.engine.grammar import CompiledGrammar, GrammarCompiler
 from dsv3.engine.machine import fitting_tokens
 from dsv3.engine.runner import ModelRunner
 from dsv3.engine.sampling import SamplingParams, is_whole, report, sample
@@ -74,8 +74,8 @@ class Engine:
         max_model_len: the longest prompt and output together, by default what the model was made for or what
         fits in memory, if that is less. max_num_seqs sequences run at once, others wait; one step takes about
         max_batched_tokens through the model at most. cache_tokens: the size of the latent cache, by default what may
-        be of use and fits. deterministic: what a request gets does not depend on who else runs, to the bit. Raises
-        UserError for values that cannot be.
+        be of use and fits. deterministic: what a request gets (one that is greedy or brings its seed) does not depend on
+        who else runs, to the bit. Raises UserError for values that cannot be.
         """
         config = model.config
         weight = model.embed_tokens.weight
@@ -85,34 +85,37 @@ class Engine:
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name} is {value!r}: it must be a whole number, at least 1")
         self.drafts = _drafts(speculation, model)
-        fitting = fitting_tokens(config, weight.dtype, weight.device)
+        lookahead = 2 * self.drafts
+        fitting = fitting_tokens(config, weight.dtype, weight.device, mtp=self.drafts > 0)
         if fitting is None:  # nobody can tell: then nothing is too much
-            fitting = max_num_seqs * config.max_position_embeddings * REMEMBERED
-        if cache_tokens is not None:
-            fitting = min(fitting, cache_tokens)
+            fitting = max_num_seqs * (config.max_position_embeddings + lookahead + BLOCK) * REMEMBERED
+        room = fitting if cache_tokens is None else min(fitting, cache_tokens)
         if max_model_len is None:
-            max_model_len = min(config.max_position_embeddings, max(fitting, 2))
+            max_model_len = min(config.max_position_embeddings, max(room // BLOCK * BLOCK - lookahead, 2))
         if not is_whole(max_model_len) or not 2 <= max_model_len <= config.max_position_embeddings:
             raise UserError(
                 f"max_model_len is {max_model_len!r}: it must be a whole number between 2 and the model's "
                 f"max_position_embeddings, {config.max_position_embeddings}"
             )
-        longest = -(-(max_model_len + 2 * self.drafts) // BLOCK)
-        blocks = fitting // BLOCK
+        longest = -(-(max_model_len + lookahead) // BLOCK)
+        blocks = room // BLOCK
+        if blocks < longest:
+            what, least = (
+                ("cache_tokens", cache_tokens) if room == cache_tokens else ("the memory's room", fitting)
+            )
+            raise UserError(
+                f"{what} is {least}: one sequence of {max_model_len} tokens takes {longest * BLOCK} of the cache; make "
+                "room for so many, or lower max_model_len"
+            )
         if cache_tokens is None:
             blocks = min(blocks, REMEMBERED * max_num_seqs * longest)
-        elif blocks < longest:
-            raise UserError(
-                f"cache_tokens is {cache_tokens}: one sequence of max_model_len, {max_model_len}, takes "
-                f"{longest * BLOCK}; give so many, or lower max_model_len"
-            )
 
         self.config = config
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.end_ids = frozenset((*config.eos_token_ids, *end_ids))
         self.deterministic = deterministic
-        self.manager = BlockManager(max(blocks, longest))
+        self.manager = BlockManager(blocks)
         alone = deterministic and not model.batch_invariant
         if alone and self.drafts:
             if speculation != "auto":
@@ -126,7 +129,7 @@ class Engine:
             self.manager,
             max_num_seqs,
             max_batched_tokens,
-            lookahead=2 * self.drafts,
+            lookahead=lookahead,
             prefix_caching=prefix_caching,
             fixed_pieces=alone,
         )
@@ -158,11 +161,12 @@ class Engine:
         deadline: float | None = None,
         salt: str = "",
         pools: bool = False,
+        grammar: CompiledGrammar | None = None,
     ) -> list[Sequence]:
         """A request, checked but not yet added: a sequence for each of its n answers.
 
-        decoder: makes what turns ids into text, the tokenizer's own by default; the rest is as in `Sequence`. Raises
-        UserError if this model cannot serve it.
+        decoder: makes what turns ids into text, the tokenizer's own by default; grammar: params.structured, if it has
+        been compiled already; the rest is as in `Sequence`. Raises UserError if this model cannot serve it.
         """
         if not isinstance(params, SamplingParams):
             raise UserError(f"sampling_params is a {type(params).__name__}: give a SamplingParams")
@@ -189,8 +193,7 @@ class Engine:
             )
         if decoder is None:
             decoder = _NoText if self.tokenizer is None else self.tokenizer.stream
-        grammar = None
-        if params.structured is not None:
+        if params.structured is not None and grammar is None:
             grammar = self.grammars.compile(params.structured)
         self._requests += 1
         seed = f"{self._seed}/{self._requests}" if params.seed is None else params.seed
@@ -198,7 +201,7 @@ class Engine:
             Sequence(
                 prompt_ids,
                 params,
-                seed=f"{seed}/{i}" if i else seed,
+                seed=f"{seed}#{i}" if i else seed,
                 decoder=decoder(),
                 end_ids=self.end_ids,
                 max_model_len=self.max_model_len,
@@ -224,8 +227,10 @@ class Engine:
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its blocks. Does nothing if it has finished or was never added."""
-        if sequence.number and not sequence.finished and not sequence.aborted:
+        """Forget a sequence and free its blocks. Does nothing if it has left already or was never added."""
+        if sequence.finished:
+            self._leave(sequence)  # if a step that failed has left it here
+        elif sequence.number and not sequence.aborted:
             sequence.aborted = True
             self.finished["abort"] += 1
             self.scheduler.remove(sequence)
@@ -236,13 +241,16 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One pass of the model for everybody. Returns the sequences that have a new token or have finished.
 
-        If anything fails on the way, nothing is lost: the step can be taken again.
+        If anything fails on the way, the step can be taken again: whatever tokens were chosen before it failed stand.
         """
         began = time.perf_counter()
-        late = self.scheduler.expired()
-        for sequence in late:
+        late = [sequence for sequence in self.scheduler.running if sequence.finished]  # as a step failed
+        for sequence in self.scheduler.expired():
             sequence.finish("deadline")
+            late.append(sequence)
+        for sequence in late:
             self._leave(sequence)
+        self.scheduler.wants_drafts = self._keeps_pace(max(1, len(self.scheduler.running)))
         work = self.scheduler.schedule()
         if not work:
             return late
@@ -259,9 +267,10 @@ class Engine:
         self.steps += 1
         if self.pace is not None and all(item.new - item.drafts == 1 and item.completes for item in work):
             gained = sum(len(item.sequence.tokens) for item in work) - sum(lengths)
-            drafted = any(item.drafts for item in work)
-            seconds = time.perf_counter() - began - (0.0 if drafted else drafting)
-            self.pace.record(len(work), drafted, seconds, gained)
+            drafted = [item.drafts > 0 for item in work]
+            if all(drafted) or not any(drafted):
+                seconds = time.perf_counter() - began - (0.0 if drafted[0] else drafting)
+                self.pace.record(len(work), drafted[0], seconds, gained)
         done = [item.sequence for item in work if item.completes]
         for sequence in done:
             if sequence.finished:
@@ -310,7 +319,9 @@ class Engine:
         for item, states in zip(work, hidden, strict=True):
             sequence, start = item.sequence, item.start
             if sequence.pools:
-                total = states.sum(dim=0, dtype=torch.float32)
+                total = states.sum(
+                    dim=0, dtype=torch.float64
+                )  # the same wherever the prompt was cut, all but for a bit
                 sequence.pooled = total if sequence.pooled is None else sequence.pooled + total
             wanted = sequence.params.prompt_logprobs
             if wanted is None or start + 1 >= len(sequence.prompt_ids):
@@ -324,7 +335,7 @@ class Engine:
 
     def _book(self, work: list[Work], lengths: list[int]) -> None:
         """What is in the cache now, what was counted, and who reached the end without a token."""
-        keeps_pace = bool(self.drafts) and not (self.pace and self.pace.settled_against(len(work)))
+        keeps_pace = self._keeps_pace(len(work))
         for item, length in zip(work, lengths, strict=True):
             sequence = item.sequence
             sequence.drafting &= keeps_pace
@@ -338,6 +349,10 @@ class Engine:
             self.scheduler.book(sequence, length + max(gained - 1, 0))
             if length >= sequence.limit:
                 sequence.finish("length")
+
+    def _keeps_pace(self, batch: int) -> bool:
+        """Whether the MTP module goes along, so that it can guess."""
+        return self.drafts > 0 and not (self.pace is not None and self.pace.settled_against(batch))
 
     def _draft(self, work: list[Work], hidden: list[Tensor]) -> float:
         """Take the MTP module through what the model has been through, and let it guess; returns the seconds it took."""
@@ -374,8 +389,8 @@ class Engine:
                 sequence.drafts.append(guess)
 
     def _leave(self, sequence: Sequence) -> None:
-        self.finished[sequence.finish_reason or ""] += 1
-        self.scheduler.remove(sequence)
+        if self.scheduler.remove(sequence):
+            self.finished[sequence.finish_reason or ""] += 1
 
 
 def _drafts(speculation: Speculation, model: Transformer) -> int:

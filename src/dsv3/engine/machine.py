@@ -61,10 +61,12 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def fitting_tokens(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int | None:
+def fitting_tokens(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, mtp: bool = False
+) -> int | None:
     """How many tokens of cache fit in the memory that is free now, the model being loaded already.
 
-    None where the device does not tell.
+    mtp: with the layer of the first MTP module. None where the device does not tell.
     """
     free = free_memory(device)
-    return None if free is None else cache_tokens(config, dtype, free)
+    return None if free is None else cache_tokens(config, dtype, free, mtp)

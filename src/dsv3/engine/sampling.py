@@ -34,6 +34,9 @@ from dsv3.kernels.sampling import draw
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them overflows and changes nothing."""
 
+LONGEST_STOP = 1000
+"""Characters of a stop text: what is held back for one is looked at again with each token."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -110,8 +113,11 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos is {self.ignore_eos!r}: it must be True or False")
         for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise UserError(f"stop has {text!r}: each stop must be a text of at least one character")
+            if not isinstance(text, str) or not 1 <= len(text) <= LONGEST_STOP:
+                shown = f"{text[:20]!r}..." if isinstance(text, str) and len(text) > 20 else repr(text)
+                raise UserError(
+                    f"stop has {shown}: each stop must be a text of 1 to {LONGEST_STOP} characters"
+                )
         _token_ids("stop_token_ids", self.stop_token_ids)
         if self.seed is not None and not is_whole(self.seed):
             raise UserError(f"seed is {self.seed!r}: it must be a whole number, or None")
@@ -154,11 +160,11 @@ _RANGES = {
     "max_tokens": _Range(0, whole=True, optional=True),
     "n": _Range(1, 128, whole=True),
     "min_tokens": _Range(0, whole=True),
-    "temperature": _Range(0),
+    "temperature": _Range(0, 100),
     "top_p": _Range(0, 1, above=True),
     "top_k": _Range(-1, whole=True),
     "min_p": _Range(0, 1),
-    "repetition_penalty": _Range(0, above=True),
+    "repetition_penalty": _Range(0.01, 100),
     "presence_penalty": _Range(-2, 2),
     "frequency_penalty": _Range(-2, 2),
     "logprobs": _Range(0, whole=True, optional=True),
@@ -270,7 +276,7 @@ class Sampler:
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
     """The next token of each request. logits: [requests, vocab] of any float dtype, left as they are.
 
-    Raises UserError, before any request has changed, if the logits are not numbers.
+    Raises UserError if the logits are not numbers, and then no request has taken a token.
     """
     if all(sampler.simple for sampler in samplers):
         return [Sampled(token_id) for token_id in likeliest(logits)]

@@ -88,6 +88,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In the order of arrival."""
+        self.wants_drafts = False
+        """Whether a beginning that the MTP module has not been through is better read again."""
         self.counts = Counts()
         self._arrived = 0
 
@@ -100,13 +102,16 @@ class Scheduler:
         sequence.number = self._arrived
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and free its blocks; if it is unknown, do nothing."""
+    def remove(self, sequence: Sequence) -> bool:
+        """Forget a sequence, wherever it is, and free its blocks. Returns whether it was here."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        else:
+            return False
         self._release(sequence)
+        return True
 
     def expired(self) -> list[Sequence]:
         """Those whose deadline has passed."""
@@ -119,15 +124,18 @@ class Scheduler:
         work: dict[int, Work] = {}
         budget = self.max_batched_tokens
         decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        reading = [sequence for sequence in self.running if sequence.pending > 1]
+        places = self.max_num_seqs - len(self.running)
+        hungry = len(reading) + min(places, sum(s.waits_for is None for s in self.waiting))
         spare = budget - len(decoding)
+        if hungry:  # guesses must not take what prompts need
+            spare //= 2
         for sequence in decoding:
-            drafts = min(len(sequence.drafts), spare, sequence.limit - len(sequence.tokens) - 1)
+            drafts = max(0, min(len(sequence.drafts), spare, sequence.limit - len(sequence.tokens) - 1))
             if sequence.blocks and self._make_room(sequence, 1 + drafts, work):
                 work[sequence.number] = Work.of(sequence, 1, drafts)
                 spare -= drafts
                 budget -= 1 + drafts
-        reading = [sequence for sequence in self.running if sequence.pending > 1]
-        hungry = len(reading) + len(self.waiting)
         for sequence in reading:
             new = self._share(sequence, budget, hungry)
             if new and sequence.blocks and self._make_room(sequence, new, work):
@@ -138,9 +146,13 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self.max_num_seqs:
                 break
-            found = self._find_prefix(sequence)
-            if self._next_name(sequence, len(found)) in coming:
+            if sequence.waits_for in coming:
                 continue
+            found = self._find_prefix(sequence)
+            sequence.waits_for = self._next_name(sequence, len(found))
+            if sequence.waits_for in coming:
+                continue
+            sequence.waits_for = None
             if not self._has_room(sequence, found):
                 break
             self._start(sequence, found)
@@ -192,9 +204,14 @@ class Scheduler:
         """Whether it may start: alone always, else if its prompt fits and everybody could take another block."""
         if not self.running:
             return True
-        missing = -(-(len(sequence.tokens) + self.lookahead) // BLOCK) - len(found)
+        missing = self._blocks_to_read(sequence) - len(found)
         unused = sum(self.manager.is_free(block) for block in found)
-        return missing + unused + len(self.running) <= self.manager.free
+        owed = sum(max(1, self._blocks_to_read(s) - len(s.blocks)) for s in self.running)
+        return missing + unused + owed <= self.manager.free
+
+    def _blocks_to_read(self, sequence: Sequence) -> int:
+        """All that it takes until its next token."""
+        return -(-(len(sequence.tokens) + self.lookahead) // BLOCK)
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
         self.waiting.remove(sequence)
@@ -204,7 +221,8 @@ class Scheduler:
         sequence.blocks = list(found)
         sequence.computed = len(found) * BLOCK
         sequence.drafting = all(self.manager.drafted[block] for block in found)
-        if len(sequence.tokens) == len(sequence.prompt_ids):  # else it was counted before it was thrown out
+        if not sequence.counted:  # else it was thrown out, and comes back
+            sequence.counted = True
             sequence.cached_tokens = sequence.computed
             self.counts.prompt_tokens += len(sequence.prompt_ids)
             self.counts.cached_tokens += sequence.computed
@@ -216,9 +234,12 @@ class Scheduler:
         found: list[int] = []
         if not self.prefix_caching or sequence.needs_all:
             return found
-        for i in range((len(sequence.tokens) - 1) // BLOCK):
+        most = len(sequence.tokens) - 1
+        if self.fixed_pieces:  # what it said itself was computed token by token, not as a prompt of somebody
+            most = min(most, len(sequence.prompt_ids))
+        for i in range(most // BLOCK):
             block = self.manager.find(sequence.name(i))
-            if block is None:
+            if block is None or (self.wants_drafts and not self.manager.drafted[block]):
                 break
             found.append(block)
         return found

@@ -111,7 +111,7 @@ class Sequence:
         """The most tokens it can come to."""
         self.deadline = None if deadline is None else time.monotonic() + deadline
         self.pooled: Tensor | None = None
-        """[hidden] float32: the sum of the hidden states so far, where they are wanted."""
+        """[hidden] float64: the sum of the hidden states so far, where they are wanted."""
         self.pools = pools
         self.aborted = False
 
@@ -125,6 +125,9 @@ class Sequence:
         """Tokens of the prompt that were found in the cache."""
         self.drafts: list[int] = []
         """Guesses at the tokens that follow."""
+        self.counted = False
+        self.waits_for: bytes | None = None
+        """The block that it waits to share, which another sequence is about to fill."""
         self.drafting = False
         """Whether the MTP module has been through all that is computed, so that its guesses are good."""
         self._names = [hashlib.blake2b(salt.encode(), digest_size=16).digest()]

@@ -54,7 +54,11 @@ class _Size:
 
 
 class Pace:
-    """Whether to speculate, for each size of batch (in powers of two), by what was measured."""
+    """Whether to speculate, for each size of batch (in powers of two), by what was measured.
+
+    Where it does not pay the module is not run at all. A sequence that has once run without it cannot guess any more, for
+    the module lacks its past; the next ones can.
+    """
 
     def __init__(self) -> None:
         self._sizes: dict[int, _Size] = {}

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv3.kernels.native import View, call, pointer, trains, usable
 
+_GATHERED = 2**28  # numbers that are copied from blocks at once: half a gigabyte in bf16
 _FEW = 128  # tokens for which it is cheaper to multiply by a whole matrix than to copy half of it
 
 
@@ -175,6 +176,16 @@ def paged_latent_attention(
         sizes = (*q.shape, rank, tables.shape[1])
         where = tables.contiguous(), owners, positions
         call("paged_attention", q.contiguous(), cache, *where, out, *sizes, scale)
+        return out
+    per_token = tables.shape[1] * cache.shape[1] * cache.shape[2]
+    if (
+        len(q) > 1 and len(q) * per_token > _GATHERED
+    ):  # in parts of like lengths, each as wide as its longest needs
+        out = q.new_empty(*q.shape[:2], rank)
+        for part in positions.argsort(descending=True).split(max(1, _GATHERED // per_token)):
+            blocks = int(positions[part[0]]) // cache.shape[1] + 1
+            where = tables[:, :blocks], owners[part], positions[part]
+            out[part] = paged_latent_attention(q[part], cache, *where, rank, scale)
         return out
     latents = cache[tables[owners]].flatten(1, 2)
     seen = torch.arange(latents.shape[1], device=q.device) <= positions.unsqueeze(1)

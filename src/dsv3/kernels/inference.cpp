@@ -428,10 +428,9 @@ struct PagedAttention {
     }
 };
 
-// Threads worth their start for so many multiplications: one for some 40 microseconds of work or more.
-inline int threads_for(int64_t products) {
-    return int(std::clamp<int64_t>(products / 4'000'000, 1, omp_get_max_threads()));
-}
+// Threads worth their start for so many multiplications (6 million take some 60 microseconds): all or one, for OpenMP
+// ends threads that a smaller team leaves over, and starts them anew for the next larger one.
+inline int threads_for(int64_t products) { return products < 6'000'000 ? 1 : omp_get_max_threads(); }
 
 inline void normalize(const bf16* x, const bf16* weight, bf16* out, int64_t dim, float eps) {
     __m512 squares = _mm512_setzero_ps();

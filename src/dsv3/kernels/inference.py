@@ -147,6 +147,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if training or not is_native(weight) or not usable(*tensors):
         return F.linear(x, weight, bias)
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit, or the bias does not"
+        )
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <initializer_list>
 
 using bf16 = uint16_t;
 using Pair = uint32_t;  // two neighbours in the direction that a product sums over, as vdpbf16ps wants them

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3.kernels.inference import Batch
 
-SHORT = 8
+SHORT = 16
 """New tokens of one sequence up to which each of them attends by itself, straight from the blocks. One is decoding,
 a few are decoding with drafts; longer pieces of a prompt share one copy of their past."""
 

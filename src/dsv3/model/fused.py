@@ -73,6 +73,8 @@ class _Known:
             members.append((vars(block.mlp.experts), "linear"))
         self.look_up = [partial(held.get, name) for held, name in members]
         self.parts = [get() for get in self.look_up]
+        self.hooks = [h for m in block.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooked = any(self.hooks)
         self.where = [tensor.data_ptr for tensor in self.parts if isinstance(tensor, Tensor)]
         self.addresses = [get() for get in self.where]
         self.layer: Layer | None = None
@@ -83,6 +85,7 @@ class _Known:
     def holds(self) -> bool:
         """Whether no part was replaced since, and no weight moved. Asked for each layer in every step."""
         same = all(map(is_, [get() for get in self.look_up], self.parts))
+        same = same and any(self.hooks) == self.hooked
         return same and [get() for get in self.where] == self.addresses
 
 
@@ -103,6 +106,8 @@ def _make(block: Block) -> Layer:
         own = type(module).__module__.startswith("dsv3.model.")
         if not own and type(module) is not nn.Linear:
             raise ValueError(f"{type(module)} instead of a linear layer")
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"{type(module)} with hooks or a forward of its own")
     matrices: dict[str, Tensor | None] = {
         "input_norm": block.input_layernorm.weight,
         "kv_a": attention.kv_a_proj_with_mqa.weight,
