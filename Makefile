@@ -3,7 +3,7 @@
 #
 #   make chat PYTHON=python3.12     choose the interpreter (default: the first of $(PYTHONS) that will do)
 #   make chat TORCH=cpu             choose the build of torch: cpu or cuda (default: cuda where there is an NVIDIA GPU)
-#   make chat MODEL=./my-model      chat with another checkpoint
+#   make chat MODEL=./my-model      chat with another checkpoint (so does make serve)
 #   make test ARGS="-k rope -x"     hand arguments to pytest
 
 VENV    := .venv
@@ -16,13 +16,16 @@ MODEL   := nano
 TORCH    = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test check lint types layers docs fmt bench lock clean
+.PHONY: help chat serve test check lint types layers docs fmt bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 chat: $(VENV)/.runtime ## chat with the model that ships (a prompt on stdin is answered once)
 	@$(BIN)/dsv3 chat $(MODEL)
+
+serve: $(VENV)/.runtime ## serve it: OpenAI's API at http://localhost:8000/v1, a page to chat on at /
+	@$(BIN)/dsv3 serve $(MODEL)
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

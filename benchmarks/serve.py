@@ -5,6 +5,7 @@
     python benchmarks/serve.py streams --clients 200         # so many at the same moment, none may be lost
     python benchmarks/serve.py soak --minutes 10             # random requests and hang-ups; memory must stay flat
     python benchmarks/serve.py speculation                   # acceptance and speed on stories and dialogues
+    python benchmarks/serve.py deterministic                 # what it costs that answers do not depend on company
 
 Everything goes over HTTP as from any client: /v1/completions with `stream`, on this machine, so that the cores are
 shared by server and clients alike. Prompts begin with the same `--prefix` tokens and end differently, as those of one
@@ -219,7 +220,7 @@ async def ask(
     url: str,
     body: dict[str, Any],
     leave_after: int | None = None,
-    tries: int = 2,
+    tries: int = 5,
 ) -> Outcome:
     """One request; with leave_after the client hangs up after so many events."""
     outcome = Outcome(time.perf_counter())
@@ -481,6 +482,24 @@ def speculation(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def deterministic(args: argparse.Namespace) -> dict[str, Any]:
+    """What it costs that nobody's answer depends on the others: in bf16, whose kernels see to it, and in fp32."""
+    prompts = Prompts(args.model, args.prefix)
+    results: dict[str, Any] = {}
+    for dtype in ("bfloat16", "float32"):
+        for flags in ((), ("--deterministic",)):
+            with ours(args, "--threads", str(args.threads), "--dtype", dtype, *flags) as server:
+                measured = asyncio.run(
+                    closed_loop(
+                        server.url, name_of(args), prompts, args.clients[0], args.seconds, args.tokens
+                    )
+                )
+            name = " ".join((dtype, *flags))
+            results[name] = summary(measured)
+            show(name, results[name])
+    return results
+
+
 async def _chat(url: str, model: str, message: str, temperature: float) -> tuple[float, dict[str, float]]:
     tokens, seconds = 0, 0.0
     async with session() as web:
@@ -508,11 +527,21 @@ def name_of(args: argparse.Namespace) -> str:
     return Path(args.model).name
 
 
+MEASURES = {
+    "peers": peers,
+    "load": load,
+    "streams": streams,
+    "soak": soak,
+    "speculation": speculation,
+    "deterministic": deterministic,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["peers", "load", "streams", "soak", "speculation"])
+    parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--model", default="nano")
     parser.add_argument("--url", help="a dsv3 server that runs already")
     parser.add_argument("--serve-flags", default="", help="further flags of dsv3 serve")
@@ -529,10 +558,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
-    args.clients = args.clients or ([200] if args.what == "streams" else [1, 8, 32])
-    result = {"peers": peers, "load": load, "streams": streams, "soak": soak, "speculation": speculation}[
-        args.what
-    ](args)
+    args.clients = args.clients or {"streams": [200], "deterministic": [8]}.get(args.what, [1, 8, 32])
+    result = MEASURES[args.what](args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
