@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -527,6 +528,34 @@ def test_too_many_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=says):
             compiler.compile(StructuredOutput(regex=form))
     go.set()
+
+
+def test_who_gives_up_does_not_take_others_with_him() -> None:
+    """One waits for a turn and leaves; another, who came later, gets the grammar, and so does one who comes anew."""
+    tokenizer = toy()
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, seconds=0.4)
+    spec = StructuredOutput(choice=("a", "b"))
+    compiler.compile(StructuredOutput(choice=("c",)))
+    for _ in range(module.COMPILING):
+        compiler._slots.acquire()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(compiler.compile, spec)
+        time.sleep(0.2)
+        second = pool.submit(compiler.compile, spec)
+        with pytest.raises(UserError, match="takes longer"):
+            first.result()
+        assert not second.done()
+        compiler._slots.release()
+        assert second.result() is compiler.cached(spec)
+        again = StructuredOutput(choice=("d",))
+        compiler._slots.acquire()
+        with pytest.raises(UserError, match="takes longer"):
+            compiler.compile(again)
+        third = pool.submit(compiler.compile, again)
+        time.sleep(0.05)
+        compiler._slots.release()
+        assert third.result() is compiler.cached(again)
+    compiler._slots.release()
 
 
 def test_a_grammar_that_is_slow_to_follow_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class Call:
     params: SamplingParams
     deadline: float | None
     cache_salt: str
+    grammar: Any = None
     open: bool = True
 
 
@@ -54,16 +55,20 @@ class FakeEngine:
     """How it ends whatever was asked."""
     calls: list[Call] = field(default_factory=list)
     started: bool = False
+    max_waiting: int | None = None
+    max_num_seqs: int = 64
 
     def __post_init__(self) -> None:
         config = PRESETS["tiny"].replace(vocab_size=tokenizer().vocab_size)
         self.compiled: list[Any] = []
+        grammars = SimpleNamespace(compile=self.compiled.append, cached=lambda form: None)
+        scheduler = SimpleNamespace(max_num_seqs=self.max_num_seqs)
         self.llm = SimpleNamespace(
             tokenizer=tokenizer(),
             default_params=SamplingParams(temperature=0.6, top_p=0.9),
             max_model_len=MAX_MODEL_LEN,
             model=SimpleNamespace(config=config),
-            engine=SimpleNamespace(grammars=SimpleNamespace(compile=self.compiled.append)),
+            engine=SimpleNamespace(grammars=grammars, scheduler=scheduler),
         )
 
     @property
@@ -84,10 +89,11 @@ class FakeEngine:
         decoder: Callable[[], Any] | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
+        grammar: Any = None,
     ) -> AsyncGenerator[Update, None]:
         if self.busy:
             raise EngineBusy("7 requests are waiting already: try again later")
-        call = Call(prompt_ids, params, deadline, cache_salt)
+        call = Call(prompt_ids, params, deadline, cache_salt, grammar)
         self.calls.append(call)
         return self._answer(call, decoder or tokenizer().stream)
 
@@ -123,7 +129,8 @@ class FakeEngine:
             prompt = [None, *(_logprobs(i, params.prompt_logprobs) for i in call.prompt_ids[1:])]
         return Update(index, text, ids, known, finish, None, prompt, min(2, len(call.prompt_ids)))
 
-    async def embed(self, prompt_ids: list[int]) -> list[float]:
+    async def embed(self, prompt_ids: list[int], *, deadline: float | None = None) -> list[float]:
+        self.embed_deadline = deadline
         await asyncio.sleep(self.delay)
         return [float(len(prompt_ids)), 0.5]
 

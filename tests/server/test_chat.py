@@ -202,3 +202,14 @@ def test_the_id_is_the_requests() -> None:
         answer = http.post(PATH, json=chat(), headers={"x-request-id": "mine-1"})
     assert answer.json()["id"] == "chatcmpl-mine-1"
     assert answer.headers["x-request-id"] == "mine-1"
+
+
+def test_an_event_is_one_line_however_lines_are_told() -> None:
+    """httpx and others part lines at these too."""
+    text = "a\u2028b\u2029c\x85d"
+    with client(FakeEngine(says=text)) as http:
+        for more in ({}, {"return_token_ids": True}):
+            answer = http.post("/v1/chat/completions", json=chat(stream=True, **more)).text
+            found = [json.loads(line[6:]) for line in answer.splitlines() if line not in ("", "data: [DONE]")]
+            deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in found]
+            assert "".join(deltas) == text

@@ -41,6 +41,16 @@ def test_tokens_there_and_back() -> None:
         assert http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
 
 
+def test_long_texts_go_another_way_to_the_same_tokens() -> None:
+    text = "The fox said: «hello» \U0001f98a. " * 2000
+    with client() as http:
+        found = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+        back = http.post("/detokenize", json={"tokens": found["tokens"][1:]}).json()
+    assert found["tokens"][1:] == tokenizer().backend.encode(text, add_special_tokens=False).ids
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) > 20_000
+    assert back["prompt"] == text
+
+
 def test_a_conversation_is_counted_as_it_would_be_asked() -> None:
     messages = [{"role": "user", "content": "Hi"}]
     with client() as http:
@@ -71,6 +81,29 @@ def test_embeddings_as_numbers_and_as_base64() -> None:
 def test_embeddings_keep_the_deadline() -> None:
     with client(FakeEngine(delay=5), request_timeout=0.1) as http:
         assert http.post("/v1/embeddings", json={"input": ["a"] * 3}).status_code == 504
+
+
+def test_embeddings_count_their_deadline_from_the_start() -> None:
+    engine = FakeEngine()
+    with client(engine, request_timeout=5) as http:
+        assert http.post("/v1/embeddings", json={"input": "a"}).status_code == 200
+        assert http.get("/metrics").text.count("dsv3_request_duration_seconds_count 1.0") == 1
+    assert 0 < engine.embed_deadline < 5
+
+
+def test_what_can_be_got_has_a_head() -> None:
+    with client() as http:
+        for path in ("/health", "/v1/models", "/openapi.json", "/metrics"):
+            answer = http.head(path)
+            assert (answer.status_code, answer.content) == (200, b""), path
+
+
+@pytest.mark.parametrize("path", ["/llm/health", "/health"])
+def test_a_prefix_may_be_there_or_stripped(path: str) -> None:
+    with client(root_path="/llm") as http:
+        assert http.get(path).status_code == 200
+        answer = http.get("/llm", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/llm/")
 
 
 def test_the_document_describes_what_there_is(tmp_path: Path) -> None:

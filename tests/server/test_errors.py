@@ -13,6 +13,7 @@ from tests.server.fakes import FakeEngine, chat, client, events
 
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def error(answer: Any) -> dict[str, Any]:
@@ -32,6 +33,66 @@ def error(answer: Any) -> dict[str, Any]:
         (CHAT, chat(temperature="1"), "temperature", "invalid_value"),
         (CHAT, chat(temperature=-1), "temperature", "invalid_value"),
         (CHAT, chat(top_p=0), "top_p", "invalid_value"),
+        (CHAT, chat(repetition_penalty=1e-300), "repetition_penalty", "invalid_value"),
+        (CHAT, chat(stop=["a" * 1001]), "stop[0]", "invalid_value"),
+        (CHAT, chat(stop="a" * 1001), "stop", "invalid_value"),
+        (
+            CHAT,
+            chat(tools=[{**TOOL, "function": {"name": "f", "strict": True}}]),
+            "tools[0].function.strict",
+            "unsupported_parameter",
+        ),
+        (
+            CHAT,
+            chat(chat_template_kwargs={"thinkng": True}),
+            "chat_template_kwargs.thinkng",
+            "unknown_parameter",
+        ),
+        (CHAT, {"messages": [USER] * 4097}, "messages", "invalid_value"),
+        (CHAT, chat(**{f"x{i}": 1 for i in range(100)}), "x0", "unknown_parameter"),
+        (
+            "/v1/completions",
+            {"prompt": [5, 6], "add_special_tokens": True},
+            "add_special_tokens",
+            "invalid_value",
+        ),
+        ("/v1/completions", {"prompt": [[5], "a"]}, "prompt[1]", "invalid_value"),
+        ("/v1/completions", {"prompt": [[5], []]}, "prompt[1]", "invalid_value"),
+        ("/v1/completions", {"prompt": [True]}, "prompt[0]", "invalid_value"),
+        ("/v1/completions", {"prompt": ["a"] * 1025}, "prompt", "invalid_value"),
+        (
+            "/v1/completions",
+            {"prompt": [[5] * 100] * 16, "n": 8, "logprobs": 100, "max_tokens": 100},
+            "logprobs",
+            "invalid_value",
+        ),
+        (CHAT, chat(n=50, prompt_logprobs=100, logprobs=True, top_logprobs=20), "logprobs", "invalid_value"),
+        (
+            "/v1/responses",
+            {"input": "a", "tools": [{"type": "function", "name": "f", "strict": True}]},
+            "tools[0].strict",
+            "unsupported_parameter",
+        ),
+        ("/v1/embeddings", {"input": ["a", ""]}, "input[1]", "invalid_value"),
+        (
+            "/tokenize",
+            {"messages": [USER], "add_special_tokens": True},
+            "add_special_tokens",
+            "invalid_value",
+        ),
+        ("/tokenize", {"prompt": "a", "tools": [TOOL]}, "tools", "invalid_value"),
+        (
+            "/tokenize",
+            {"prompt": "a", "chat_template_kwargs": {"a": 1}},
+            "chat_template_kwargs",
+            "invalid_value",
+        ),
+        (
+            "/tokenize",
+            {"prompt": "a", "add_generation_prompt": False},
+            "add_generation_prompt",
+            "invalid_value",
+        ),
         (CHAT, chat(n=0), "n", "invalid_value"),
         (CHAT, chat(n=True), "n", "invalid_value"),
         (CHAT, chat(stop=[""]), "stop", None),
@@ -58,11 +119,16 @@ def error(answer: Any) -> dict[str, Any]:
             "messages[0].content[0].type",
             "unsupported_parameter",
         ),
-        (CHAT, chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs", None),
+        (
+            CHAT,
+            chat(chat_template_kwargs={"messages": []}),
+            "chat_template_kwargs.messages",
+            "unknown_parameter",
+        ),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix", "unsupported_parameter"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of", "invalid_value"),
         ("/v1/completions", {"prompt": [[1], [-1]]}, "prompt[1][0]", "invalid_value"),
-        ("/v1/completions", {"prompt": [1, "a"]}, "prompt[0]", "invalid_value"),
+        ("/v1/completions", {"prompt": [1, "a"]}, "prompt[1]", "invalid_value"),
         ("/v1/completions", {"prompt": ["a"] * 100, "n": 100}, "n", "invalid_value"),
         ("/v1/embeddings", {"input": ""}, "input", "invalid_value"),
         ("/v1/embeddings", {"input": "a", "dimensions": 7}, "dimensions", "unsupported_parameter"),
@@ -179,6 +245,7 @@ def test_an_engine_that_fails_is_500_and_others_are_served() -> None:
         answer = http.post(CHAT, json=chat())
         assert answer.status_code == 500
         assert error(answer)["code"] == "engine_error"
+        assert error(answer)["message"].count("the engine failed") == 1
         *_, last = events(http.post(CHAT, json=chat(stream=True)).text)
         assert json.loads(last)["error"]["code"] == "engine_error"
         engine.fails_at = None

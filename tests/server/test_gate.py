@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,15 @@ def test_a_name_may_be_allowed_and_a_public_server_takes_any() -> None:
         assert http.get("/health", headers={"host": "chat.example.org"}).status_code == 200
     with client(host="0.0.0.0") as http:
         assert http.get("/health", headers={"host": "anything.example.org"}).status_code == 200
+    with client(host="0.0.0.0", allowed_hosts=("Chat.Example.org", "FE80::1")) as http:
+        for host, status in (("chat.example.org:80", 200), ("[fe80::1]:80", 200), ("evil.example.org", 400)):
+            assert http.get("/health", headers={"host": host}).status_code == status, host
+
+
+@pytest.mark.parametrize("name", ["chat.example.org:8000", "https://chat.example.org", "[::1]:80", "", "a b"])
+def test_an_allowed_host_is_a_name_alone(name: str) -> None:
+    with pytest.raises(UserError, match="allowed_hosts has"):
+        Settings(allowed_hosts=(name,))
 
 
 def test_pages_of_elsewhere_may_not_read_unless_they_are_named() -> None:
@@ -59,6 +70,15 @@ def test_pages_of_elsewhere_may_not_read_unless_they_are_named() -> None:
     with client(cors_origins=("https://chat.example.org",)) as http:
         assert http.options(CHAT, headers=asked).headers["access-control-allow-origin"] == asked["origin"]
         assert http.get("/nowhere", headers=asked).headers["access-control-allow-origin"] == asked["origin"]
+        openai = {
+            **asked,
+            "access-control-request-headers": "authorization,x-stainless-os,x-stainless-retry-count",
+        }
+        answer = http.options(CHAT, headers=openai)
+        assert answer.status_code == 200
+        assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
+        shown = http.get("/v1/models", headers=asked).headers["access-control-expose-headers"]
+        assert {"x-ratelimit-limit-requests", "x-ratelimit-reset-requests"} <= set(shown.split(", "))
         other = http.get("/v1/models", headers={"origin": "https://evil.example.org"})
         assert "access-control-allow-origin" not in other.headers
 
@@ -112,8 +132,16 @@ def test_keys_open_what_is_not_public(tmp_path: Path, monkeypatch: pytest.Monkey
         assert http.get("/v1/models", headers=bearer(bob)).status_code == 200, "not read again"
         remove_key(file, "ada")
         assert http.get("/v1/models", headers=bearer(ada)).status_code == 401
+        whole = file.read_text()
         file.write_text("broken")
         assert http.get("/v1/models", headers=bearer(bob)).status_code == 200, "a broken file shut bob out"
+        file.write_text(whole)
+        remove_key(file, "bob")
+        assert http.get("/v1/models", headers=bearer(bob)).status_code == 401, "a mended file is not read"
+        bob = add_key(file, "bob")
+        assert http.get("/v1/models", headers=bearer(bob)).status_code == 200
+        file.unlink()
+        assert http.get("/v1/models", headers=bearer(bob)).status_code == 401, "a key outlives its file"
     add_key(tmp_path / "new.json", "eve")
     with client(api_keys=tmp_path / "new.json", protect_metrics=True) as http:
         assert http.get("/metrics").status_code == 401
@@ -175,6 +203,57 @@ def test_a_key_has_so_many_requests_at_once() -> None:
         assert httpx.post(server.url + CHAT, json=chat(), timeout=30).status_code == 200
 
 
+def test_every_answer_counts_against_what_a_key_may_have_at_once() -> None:
+    with client(max_concurrent=3) as http:
+        answer = http.post(CHAT, json=chat(n=4))
+        assert answer.status_code == 400 and "no more than 3" in answer.json()["error"]["message"]
+        for _ in range(2):  # the places are given back
+            assert http.post(CHAT, json=chat(n=3)).status_code == 200
+    with live(FakeEngine(delay=0.05), max_concurrent=3) as server:
+        import httpx
+
+        held = server.send("/v1/completions", {"prompt": ["Once upon a time " * 3] * 2, "max_tokens": 100})
+        wait(lambda: server.server._service.metrics.active == 1 and server.server._service.tasks)
+        wait(lambda: server.server._service.limits._uses[""].running == 2)
+        assert httpx.post(server.url + CHAT, json=chat(n=2), timeout=30).status_code == 429
+        assert httpx.post(server.url + CHAT, json=chat(), timeout=30).status_code == 200
+        held.close()
+        wait(lambda: server.server._service.limits._uses[""].running == 0)
+
+
+def test_one_request_does_not_fill_the_queue_by_itself() -> None:
+    engine = FakeEngine(max_waiting=4, max_num_seqs=8)  # whose stats say that 1 waits and 2 run
+    with client(engine) as http:
+        for n, status in ((9, 200), (10, 503), (13, 400)):
+            answer = http.post("/v1/completions", json={"prompt": ["a"] * n, "max_tokens": 1})
+            assert answer.status_code == status, answer.text
+
+
+# Forms
+
+
+def test_a_form_that_is_there_does_not_wait_behind_others() -> None:
+    engine = FakeEngine()
+    grammars = engine.llm.engine.grammars
+    release, known = threading.Event(), object()
+    grammars.compile = lambda form: release.wait(20)
+    grammars.cached = lambda form: known if form.regex == "known" else None
+    with live(engine, request_timeout=0.5) as server:
+        import httpx
+
+        with ThreadPoolExecutor(12) as pool:
+            requests = [chat(guided_regex=f"hard{i}") for i in range(12)]
+            found = pool.map(
+                lambda r: httpx.post(server.url + CHAT, json=r, timeout=30).status_code, requests
+            )
+            wait(lambda: server.server._service._forms[""] == 8)
+            assert httpx.post(server.url + CHAT, json=chat(guided_regex="known")).status_code == 200
+            assert sorted(found) == [429] * 4 + [504] * 8
+        release.set()
+        wait(lambda: server.server._service._forms[""] == 0)
+    assert [call.grammar for call in engine.calls] == [known]
+
+
 # Log and metrics
 
 
@@ -223,10 +302,13 @@ def test_a_request_that_fails_in_its_stream_is_logged_as_such(caplog: pytest.Log
 
 
 def test_metrics_count_requests_times_and_tokens() -> None:
-    with client(FakeEngine(says="Hello there fox", delay=0.002)) as http:
+    engine = FakeEngine(says="Hello there fox", delay=0.002)
+    with client(engine) as http:
         for _ in range(2):
             http.post(CHAT, json=chat())
         http.post(CHAT, json={})
+        engine.busy = True
+        http.post(CHAT, json=chat())
         page = http.get("/metrics").text
     values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
     assert values[f'dsv3_http_requests_total{{endpoint="{CHAT}",status="200"}}'] == "2.0"

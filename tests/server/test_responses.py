@@ -81,6 +81,34 @@ def test_a_conversation_comes_as_items() -> None:
     )
 
 
+def test_what_the_model_thought_comes_back_with_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    thought = {
+        "type": "reasoning",
+        "id": "rs_1",
+        "status": "completed",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": "Hm."}],
+    }
+    items = [
+        {"role": "user", "content": "One"},
+        thought,
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "x"},
+        thought,
+        {"role": "assistant", "content": "Two"},
+        thought,
+        {"role": "user", "content": "Three"},
+    ]
+    from dsv3.server.protocol import ResponsesRequest
+    from dsv3.server.responses import _messages
+
+    messages = _messages(ResponsesRequest.model_validate({"input": items}))
+    assert [(m["role"], m.get("reasoning_content")) for m in messages] == [
+        ("user", None), ("assistant", "Hm."), ("tool", None), ("assistant", "Hm."), ("user", None)
+    ]  # fmt: skip
+    ask(FakeEngine(), input=items)
+
+
 @pytest.mark.parametrize(
     ("refused", "param"),
     [

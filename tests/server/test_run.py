@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -99,7 +101,7 @@ def test_what_takes_longer_than_the_drain_is_told_and_cut_off() -> None:
     assert engine.open == 0
 
 
-def test_a_second_signal_ends_it_there_and_then() -> None:
+def test_a_second_signal_ends_it_there_and_then(caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(delay=0.5)
     with live(engine, drain=60.0) as server:
         kept = server.send(CHAT, chat("Once upon a time " * 5))
@@ -109,6 +111,7 @@ def test_a_second_signal_ends_it_there_and_then() -> None:
         server.thread.join(8)
         assert not server.thread.is_alive()
         kept.close()
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 def test_before_the_model_is_loaded_the_server_lives_and_is_not_ready() -> None:
@@ -160,6 +163,38 @@ def test_tls_files_are_looked_at_first(tmp_path: Path) -> None:
         check_tls(Settings(tls_cert=broken, tls_key=broken))
     with pytest.raises(UserError, match="tls_key is missing"):
         Settings(tls_cert=broken)
+
+
+LOADING = """
+import sys, threading, time
+from dsv3.server.app import create_app
+from dsv3.server.run import open_socket, serve
+from dsv3.server.settings import Settings
+
+def load():
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+settings = Settings(port=0)
+serve(create_app(load, settings), settings, open_socket(settings), lambda: None)
+"""
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]])
+def test_a_signal_while_the_model_is_read_ends_the_process(signals: list[signal.Signals]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stderr is not None and process.stderr.readline() == "loading\n"
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.05)
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (0, "")
+    finally:
+        process.kill()
 
 
 @pytest.mark.slow

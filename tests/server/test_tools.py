@@ -144,6 +144,8 @@ def test_reasoning_is_apart_from_the_answer(reasoner: FakeEngine) -> None:
     deltas = [json.loads(event)["choices"][0]["delta"] for event in events(text)[:-1]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "It rains a lot."
     assert "".join(delta.get("content") or "" for delta in deltas) == "Yes."
+    reasoned = response["usage"]["output_tokens_details"]["reasoning_tokens"]
+    assert reasoned == len(tokenizer().encode("It rains a lot."))
     thought, said = response["output"]
     assert (thought["type"], thought["content"][0]["text"]) == ("reasoning", "It rains a lot.")
     assert (said["type"], said["content"][0]["text"]) == ("message", "Yes.")

@@ -63,7 +63,7 @@ def serve(
     ] = None,
     protect_metrics: Annotated[bool, _access("Ask for a key at /metrics too.")] = False,
     allowed_host: Annotated[
-        list[str] | None, _access("A name that a proxy on this machine gives us; give it again for more.")
+        list[str] | None, _access("A name that requests may call us by, as a proxy does; again for more.")
     ] = None,
     cors_origin: Annotated[
         list[str] | None, _access("Web pages from here may use the API; give it again for more.")
@@ -73,8 +73,8 @@ def serve(
     root_path: Annotated[str, _access("Path under which a proxy shows us.")] = "",
     no_page: Annotated[bool, _access("No chat page at /.")] = False,
     rate_limit: Annotated[int | None, _limits("Requests a minute of one key.", min=1)] = None,
-    max_concurrent: Annotated[int | None, _limits("Requests of one key at the same time.", min=1)] = None,
-    max_waiting: Annotated[int, _limits("Requests that may wait for a place.", min=1)] = 1024,
+    max_concurrent: Annotated[int | None, _limits("Answers for one key at the same time.", min=1)] = None,
+    max_waiting: Annotated[int, _limits("Answers that may wait for a place.", min=1)] = 1024,
     max_body: Annotated[int, _limits("Longest request, in bytes.", min=1024)] = 4 * 2**20,
     request_timeout: Annotated[float, _limits("Seconds until an answer must be complete.", min=0.1)] = 600.0,
     access_log: Annotated[

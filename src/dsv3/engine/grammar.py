@@ -29,9 +29,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,14 @@ class GrammarError(RuntimeError):
     """A token was taken that the grammar does not allow: the logits it was chosen by had not been masked."""
 
 
+@dataclass
+class _Work:
+    """A form that is being compiled, or waits for its turn."""
+
+    future: Future[CompiledGrammar] = field(default_factory=Future)
+    waiters: int = 0
+
+
 class GrammarCompiler:
     """Makes grammars of forms, for one vocabulary. For any number of threads.
 
@@ -157,7 +165,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(COMPILING)
         self._cache: OrderedDict[StructuredOutput, CompiledGrammar] = OrderedDict()
-        self._running: dict[StructuredOutput, Future[CompiledGrammar]] = {}
+        self._running: dict[StructuredOutput, _Work] = {}
         self._vocabulary: _Vocabulary | None = None
         self._loading = threading.Lock()
 
@@ -173,26 +181,43 @@ class GrammarCompiler:
         Raises UserError, which names the form's keyword and the place, for a form that is wrong, cannot be a grammar,
         matches nothing, or takes too long; and if xgrammar is not installed.
         """
+        if (made := self.cached(spec)) is not None:
+            return made
         vocabulary = self._load()
         with self._lock:
             if spec in self._cache:
-                self._cache.move_to_end(spec)
                 return self._cache[spec]
-            future = self._running.get(spec)
-            if future is None:
+            work = self._running.get(spec)
+            if work is None:
                 if len(self._running) >= WAITING:
                     raise UserError(f"{spec.name}: {WAITING} others are being prepared: try again later")
-                future = self._running[spec] = Future()
-                work = (vocabulary, spec, future)
-                threading.Thread(target=self._work, args=work, name="dsv3-grammar", daemon=True).start()
+                work = self._running[spec] = _Work()
+                threading.Thread(
+                    target=self._work, args=(vocabulary, spec, work), name="dsv3-grammar", daemon=True
+                ).start()
+            elif work.future.cancelled():  # all who waited have given up, and its turn has not come
+                work.future = Future()
+            work.waiters += 1
+            future = work.future
         try:
             return future.result(self._seconds)
-        except (TimeoutError, CancelledError):
-            future.cancel()  # of no effect once it has begun
+        except TimeoutError:
             raise UserError(
                 f"{spec.name}: preparing it takes longer than {self._seconds:g} seconds: make it smaller, or try again "
                 "later"
             ) from None
+        finally:
+            with self._lock:
+                work.waiters -= 1
+                if not work.waiters:
+                    work.future.cancel()  # of no effect once it has begun
+
+    def cached(self, spec: StructuredOutput) -> CompiledGrammar | None:
+        """The grammar of a form if it is there; does not wait."""
+        with self._lock:
+            if spec in self._cache:
+                self._cache.move_to_end(spec)
+            return self._cache.get(spec)
 
     def _load(self) -> _Vocabulary:
         with self._loading:
@@ -200,16 +225,20 @@ class GrammarCompiler:
                 self._vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._end_ids)
             return self._vocabulary
 
-    def _work(self, vocabulary: _Vocabulary, spec: StructuredOutput, future: Future[CompiledGrammar]) -> None:
+    def _work(self, vocabulary: _Vocabulary, spec: StructuredOutput, work: _Work) -> None:
         with self._slots:
-            if future.set_running_or_notify_cancel():
-                try:
-                    grammar = vocabulary.compile(spec)
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    self._keep(spec, grammar)
-                    future.set_result(grammar)
+            with self._lock:
+                future = work.future
+                if not future.set_running_or_notify_cancel():  # nobody waits for it
+                    del self._running[spec]
+                    return
+            try:
+                grammar = vocabulary.compile(spec)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                self._keep(spec, grammar)
+                future.set_result(grammar)
         with self._lock:
             del self._running[spec]
 

@@ -16,8 +16,11 @@ from typing import Any, Self
 from dsv3.engine.async_engine import Update
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
 from dsv3.engine.sequence import TextDecoder
-from dsv3.server.errors import context_exceeded, deadline_passed
+from dsv3.server.errors import ApiError, context_exceeded, deadline_passed
 from dsv3.server.service import Exchange, Service
+
+MOST_LOGPROBS = 500_000
+"""Log-probabilities in one answer: some 20 MB of JSON."""
 
 
 @dataclass
@@ -74,18 +77,23 @@ class Answers:
         for prompt in prompts:
             if len(prompt) > room:
                 raise context_exceeded(len(prompt), service.max_model_len, param)
-        if params.structured is not None:
-            await service.compile(params.structured)
+        answers._check_logprobs()
+        service.reserve(exchange, len(prompts) * params.n)
+        form = params.structured
+        grammar = None if form is None else await service.compile(form, exchange)
         exchange.prompt_tokens = sum(map(len, prompts))
-        left = service.settings.request_timeout - (monotonic() - exchange.started)
-        if left <= 0:
-            raise deadline_passed(service.settings.request_timeout)
-        cache_salt = exchange.cache_salt + (salt or "")
+        left = service.seconds_left(exchange)
+        cache_salt = exchange.who + (salt or "")
         try:
             for prompt in prompts:
                 answers._generators.append(
                     service.engine.generate(
-                        prompt, params, decoder=decoder, deadline=left, cache_salt=cache_salt
+                        prompt,
+                        params,
+                        decoder=decoder,
+                        deadline=left,
+                        cache_salt=cache_salt,
+                        grammar=grammar,
                     )
                 )
         except Exception:
@@ -93,6 +101,38 @@ class Answers:
                 await generator.aclose()
             raise
         return answers
+
+    def _check_logprobs(self) -> None:
+        """Refuse what could become an answer of hundreds of megabytes."""
+        params, n = self.params, self.params.n
+        asked = 0
+        for prompt in self.prompts:
+            room = self.service.max_model_len - len(prompt)
+            new = room if params.max_tokens is None else min(params.max_tokens, room)
+            asked += n * self._numbers(new, params.logprobs)
+            asked += n * self._numbers(len(prompt), params.prompt_logprobs)
+        if asked > MOST_LOGPROBS:
+            raise ApiError(
+                400,
+                f"this request asks for up to {asked:,} log-probabilities: {MOST_LOGPROBS:,} is the most; ask for "
+                "fewer of each token, or for fewer tokens",
+                param="logprobs" if params.logprobs is not None else "prompt_logprobs",
+                code="invalid_value",
+            )
+
+    @staticmethod
+    def _numbers(tokens: int, likeliest: int | None) -> int:
+        return 0 if likeliest is None else tokens * (likeliest + 1)
+
+    def size(self, update: Update | None = None) -> int:
+        """Numbers to be written about an update, or about all that came; see `apart`."""
+        if update is None:
+            new, old = self.exchange.generated_tokens, self.exchange.prompt_tokens * self.params.n
+        else:
+            new, old = len(update.token_ids), len(update.prompt_logprobs or ())
+        return (
+            new + self._numbers(new, self.params.logprobs) + self._numbers(old, self.params.prompt_logprobs)
+        )
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """All that comes, `index` telling the answers of all prompts apart. Raises ApiError 504 at the deadline."""

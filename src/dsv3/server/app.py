@@ -27,6 +27,7 @@ from dsv3.server.document import DOCUMENTED, document
 from dsv3.server.embeddings import embeddings
 from dsv3.server.errors import ApiError, as_api_error
 from dsv3.server.gate import Gate
+from dsv3.server.limits import RATE_HEADERS
 from dsv3.server.metrics import CONTENT_TYPE
 from dsv3.server.responses import responses
 from dsv3.server.service import Service, service_of
@@ -54,7 +55,8 @@ def create_app(engine: AsyncEngine | Callable[[], AsyncEngine], settings: Settin
             if service.failure is not None:
                 raise service.failure
         try:
-            yield
+            with suppress(asyncio.CancelledError):  # a forced end, which is no error
+                yield
         finally:
             service.draining = True
             loading.cancel()
@@ -69,12 +71,13 @@ def create_app(engine: AsyncEngine | Callable[[], AsyncEngine], settings: Settin
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        root_path=settings.root_path,
         redirect_slashes=False,
     )
     app.state.service = service
     for path, (method, handler) in _HANDLERS.items():
         app.add_api_route(path, handler, methods=[method], response_model=None, **DOCUMENTED[path])
+        if method == "GET":
+            app.add_api_route(path, handler, methods=["HEAD"], response_model=None, include_in_schema=False)
     schema: dict[str, Any] = {}
 
     async def openapi(request: Request) -> JSONResponse:
@@ -82,9 +85,9 @@ def create_app(engine: AsyncEngine | Callable[[], AsyncEngine], settings: Settin
             schema.update(document(app, settings, PUBLIC))
         return JSONResponse(schema)
 
-    app.add_api_route("/openapi.json", openapi, include_in_schema=False)
+    app.add_api_route("/openapi.json", openapi, methods=["GET", "HEAD"], include_in_schema=False)
     for path, file in files.items():
-        app.add_api_route(path, _page_route(file), include_in_schema=False)
+        app.add_api_route(path, _page_route(file), methods=["GET", "HEAD"], include_in_schema=False)
 
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _wrong_parameter)
@@ -99,8 +102,8 @@ def create_app(engine: AsyncEngine | Callable[[], AsyncEngine], settings: Settin
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["retry-after", "x-request-id", "x-ratelimit-remaining-requests"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+            expose_headers=["retry-after", "x-request-id", *RATE_HEADERS],
         )
     return app
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from dsv3.engine.async_engine import Update
 from dsv3.server.answers import Answer, Answers
-from dsv3.server.protocol import ChatRequest, NamedTool, parse, read_body
+from dsv3.server.apart import apart, json_answer
+from dsv3.server.protocol import ChatRequest, NamedTool, read
 from dsv3.server.service import Exchange, Service, exchange_of, service_of
 from dsv3.server.speech import Speaking, Speech
 from dsv3.server.sse import DONE, EventStream, compact, data, quote, while_connected
@@ -25,14 +27,13 @@ from dsv3.server.structure import structured_output
 
 async def chat_completions(request: Request) -> Response:
     service, exchange = service_of(request), exchange_of(request)
-    body = await read_body(request, service.settings)
-    asked = parse(ChatRequest, request.headers.get("content-type", ""), body)
+    asked = await read(ChatRequest, request, service.settings)
     chat = await Chat.begin(service, exchange, asked)
     if asked.stream:
         return EventStream(chat.events(), service, exchange)
     async with while_connected(request.receive, service):
         answers = await chat.answers.collect()
-    return JSONResponse(chat.whole(answers))
+    return await json_answer(chat.answers.size(), lambda: chat.whole(answers))
 
 
 class Chat:
@@ -62,7 +63,7 @@ class Chat:
             choice.model_dump() if isinstance(choice, NamedTool) else choice,
             asked.parallel_tool_calls is not False,
         )
-        prompt = await service.encode_chat(messages, speaking.tools, asked.chat_template_kwargs)
+        prompt = await service.encode_chat(exchange, messages, speaking.tools, asked.chat_template_kwargs)
         speaking.begin(prompt)
         structured = speaking.structured(structured_output(asked.structure(), asked.response_format))
         params = asked.sampling(
@@ -136,19 +137,24 @@ class Chat:
                     if update.text:
                         yield (before[update.index] + quote(update.text) + after).encode()
                     continue
-                choices = self._choices(update, speeches[update.index], detailed)
-                more: dict[str, Any] = {"usage": None} if asked.wants_usage else {}
-                if update.index not in started:
-                    started.add(update.index)
-                    if asked.prompt_logprobs is not None:
-                        more["prompt_logprobs"] = self.vocabulary.prompt_logprobs(
-                            update.prompt_logprobs or []
-                        )
-                    if asked.return_token_ids:
-                        more["prompt_token_ids"] = self.answers.prompts[0]
-                yield b"".join(data({**head, "choices": [choice], **more}) for choice in choices)
+                first = update.index not in started
+                started.add(update.index)
+                write = partial(self._chunks, head, update, speeches[update.index], detailed, first)
+                yield await apart(self.answers.size(update) if detailed else 0, write)
         usage = data({**head, "choices": [], "usage": self.answers.usage()}) if asked.wants_usage else b""
         yield usage + DONE
+
+    def _chunks(
+        self, head: dict[str, Any], update: Update, speech: Speech, detailed: bool, first: bool
+    ) -> bytes:
+        """All that one update brings. first: whether it is its answer's first."""
+        choices = self._choices(update, speech, detailed)
+        more: dict[str, Any] = {"usage": None} if self.asked.wants_usage else {}
+        if first and self.asked.prompt_logprobs is not None:
+            more["prompt_logprobs"] = self.vocabulary.prompt_logprobs(update.prompt_logprobs or [])
+        if first and self.asked.return_token_ids:
+            more["prompt_token_ids"] = self.answers.prompts[0]
+        return b"".join(data({**head, "choices": [choice], **more}) for choice in choices)
 
     def _choices(self, update: Update, speech: Speech, detailed: bool) -> list[dict[str, Any]]:
         """The chunks of one update: its parts one by one, and at its end why it ended.

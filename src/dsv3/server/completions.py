@@ -9,15 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from dsv3.engine.sampling import TokenLogprobs
 from dsv3.server.answers import Answer, Answers
+from dsv3.server.apart import apart, json_answer
 from dsv3.server.errors import ApiError
-from dsv3.server.protocol import MAX_PROMPTS, CompletionRequest, parse, read_body
+from dsv3.server.protocol import MAX_PROMPTS, CompletionRequest, prompts_of, read
 from dsv3.server.service import Exchange, Service, exchange_of, service_of
 from dsv3.server.sse import DONE, EventStream, compact, data, quote, while_connected
 from dsv3.server.structure import structured_output
@@ -25,14 +27,13 @@ from dsv3.server.structure import structured_output
 
 async def completions(request: Request) -> Response:
     service, exchange = service_of(request), exchange_of(request)
-    body = await read_body(request, service.settings)
-    asked = parse(CompletionRequest, request.headers.get("content-type", ""), body)
+    asked = await read(CompletionRequest, request, service.settings)
     completion = await Completion.begin(service, exchange, asked)
     if asked.stream:
         return EventStream(completion.events(), service, exchange)
     async with while_connected(request.receive, service):
         answers = await completion.answers.collect()
-    return JSONResponse(completion.whole(answers))
+    return await json_answer(completion.answers.size(), lambda: completion.whole(answers))
 
 
 class Completion:
@@ -70,8 +71,7 @@ class Completion:
             logit_bias=asked.biases,
             structured=structured,
         )
-        given = asked.prompt
-        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        several = prompts_of(asked.prompt)
         if len(several) * params.n > MAX_PROMPTS:
             raise ApiError(
                 400,
@@ -81,9 +81,7 @@ class Completion:
             )
         special = asked.add_special_tokens is not False
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
-        prompts = [
-            await service.encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in several
-        ]
+        prompts = await service.encode(several, special)
         if not all(prompts):
             raise ApiError(
                 400, "the prompt is empty: give it at least one token", param="prompt", code="invalid_value"
@@ -151,7 +149,8 @@ class Completion:
                 part.add(update)
                 first = index not in started
                 started.add(index)
-                yield self._chunk(index, part, first, offsets)
+                write = partial(self._chunk, index, part, first, offsets)
+                yield await apart(self.answers.size(update), write)
         if asked.wants_usage:
             yield data({**self.head, "choices": [], "usage": self.answers.usage()}) + DONE
         else:

@@ -60,7 +60,7 @@ _WHY = {
     415: "The body is not application/json.",
     429: "The key has used its requests a minute, or has too many under way.",
     500: "Something failed here.",
-    503: "The model is loading, the server is stopping, or too many requests are waiting.",
+    503: "The model is loading, the server is stopping, or too many answers are waited for.",
     504: "The answer was not complete at the deadline.",
 }
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import Any
+from time import monotonic
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from dsv3.engine.async_engine import EngineError
+from dsv3.server.apart import json_answer
 from dsv3.server.errors import ApiError, context_exceeded, deadline_passed
-from dsv3.server.protocol import EmbeddingRequest, parse, read_body
+from dsv3.server.protocol import EmbeddingRequest, prompts_of, read
 from dsv3.server.service import exchange_of, service_of
 from dsv3.server.sse import while_connected
 
@@ -25,8 +27,7 @@ AT_ONCE = 32
 
 async def embeddings(request: Request) -> Response:
     service, exchange = service_of(request), exchange_of(request)
-    body = await read_body(request, service.settings)
-    asked = parse(EmbeddingRequest, request.headers.get("content-type", ""), body)
+    asked = await read(EmbeddingRequest, request, service.settings)
     model = service.served(asked.model)
     engine = service.engine
     hidden = engine.llm.model.config.hidden_size
@@ -39,33 +40,36 @@ async def embeddings(request: Request) -> Response:
         )
     if service.settings.log_prompts:
         exchange.prompt = asked.input
-    given: Any = asked.input
-    several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    inputs = [await service.encode(text) if isinstance(text, str) else text for text in several]
+    inputs = await service.encode(prompts_of(asked.input))
     for ids in inputs:
         if len(ids) > service.max_model_len:
             raise context_exceeded(len(ids), service.max_model_len, "input")
     exchange.prompt_tokens = sum(map(len, inputs))
-    places = asyncio.Semaphore(AT_ONCE)
+    places = asyncio.Semaphore(min(AT_ONCE, service.settings.max_concurrent or AT_ONCE))
 
     async def embed(ids: list[int]) -> list[float]:
         async with places:
-            return await engine.embed(ids)
+            return await engine.embed(ids, deadline=service.seconds_left(exchange))
 
     tasks = [asyncio.ensure_future(embed(ids)) for ids in inputs]
     try:
         async with (
             while_connected(request.receive, service),
-            asyncio.timeout(service.settings.request_timeout),
+            asyncio.timeout(service.seconds_left(exchange)),
         ):
             vectors = await asyncio.gather(*tasks)
+    except EngineError:
+        service.seconds_left(exchange)  # the engine may be the first to notice that none is left
+        raise
     except TimeoutError:
         raise deadline_passed(service.settings.request_timeout) from None
     finally:
         for task in tasks:
             task.cancel()
-    return JSONResponse(
-        {
+    exchange.first_token = monotonic()
+    return await json_answer(
+        len(vectors) * hidden,
+        lambda: {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": i, "embedding": _shown(vector, asked.encoding_format)}
@@ -73,7 +77,7 @@ async def embeddings(request: Request) -> Response:
             ],
             "model": model,
             "usage": {"prompt_tokens": exchange.prompt_tokens, "total_tokens": exchange.prompt_tokens},
-        }
+        },
     )
 
 

@@ -82,7 +82,7 @@ def as_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, EngineBusy):
         return ApiError(503, str(error), code="server_busy", headers={"retry-after": "1"})
     if isinstance(error, EngineError):
-        return ApiError(500, f"the engine failed: {error}", code="engine_error")
+        return ApiError(500, str(error), code="engine_error")
     if isinstance(error, UserError):
         named = _NAMED.match(str(error))
         return ApiError(400, str(error), param=named[1] if named else None)

@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Any
 
 from starlette._utils import get_route_path
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsv3.server.errors import ApiError, ClientGone, as_api_error, unforeseen
@@ -50,14 +51,16 @@ class Gate:
         """routes: those we have, by which requests are counted; public: those that need no key."""
         self.app, self.service = app, service
         self.routes, self.public = frozenset(routes), frozenset(public)
-        local = service.settings.local
-        self.hosts = {*LOOPBACK, "[::1]", *service.settings.allowed_hosts} if local else None
+        settings = service.settings
+        guarded = settings.local or settings.allowed_hosts
+        self.hosts = {*LOOPBACK, "[::1]", *settings.allowed_hosts} if guarded else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
+        scope["root_path"] = root = self.service.settings.root_path
         path = get_route_path(scope)
         exchange = Exchange(_request_id(headers), self._route(path), scope["method"])
         scope["dsv3"] = exchange
@@ -77,7 +80,9 @@ class Gate:
 
         try:
             self._check_host(headers)
-            if path in self.public:
+            if not path:  # the prefix itself, without a slash: the page's own paths begin behind one
+                await RedirectResponse(f"{root}/")(scope, receive, pass_on)
+            elif path in self.public:
                 await self.app(scope, receive, pass_on)
             else:
                 await self._let_in(exchange, headers, extra, scope, receive, pass_on)
@@ -115,7 +120,7 @@ class Gate:
                 )
         if service.state != "ready":
             raise service.unavailable()
-        who = "" if exchange.key is None else exchange.key.sha256
+        who = exchange.who
         left = service.limits.enter(who)
         extra += [(name.encode(), value.encode()) for name, value in left.items()]
         task = asyncio.current_task()
@@ -127,7 +132,7 @@ class Gate:
         finally:
             service.metrics.active -= 1
             service.tasks.discard(task)
-            service.limits.leave(who)
+            service.limits.leave(who, exchange.places)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         """A page of elsewhere can point its own name at 127.0.0.1 and so reach us from the browser of whoever
@@ -154,7 +159,7 @@ class Gate:
         seconds = monotonic() - exchange.started
         metrics = self.service.metrics
         metrics.requests[exchange.route, exchange.status] += 1
-        if exchange.prompt_tokens:
+        if exchange.first_token is not None:
             metrics.request_duration.observe(seconds)
         if self.service.settings.access_log:
             with suppress(Exception):  # an answer that was given is not taken back for its line in the log

@@ -6,7 +6,9 @@ JSON that its owner alone can read:
 
     {"keys": [{"name": "ada", "sha256": "9f86...", "created": "2025-01-31"}]}
 
-A running server reads it again when it has changed, so a key can be added or taken away without a restart.
+A running server reads it again when it has changed, so a key can be added or taken away without a restart. Where it
+cannot be read, being broken or shut, the keys stay as they were, and the log says so every minute; where it is gone, so
+are the keys.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import re
 import secrets
 from dataclasses import asdict, dataclass
@@ -25,11 +26,13 @@ from time import monotonic
 from typing import Any
 
 from dsv3.errors import UserError
+from dsv3.files import in_turn, write_whole
 
 _PREFIX = "sk-dsv3-"
 _NAME = re.compile(r"[\w.@-]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LOOK_EVERY = 1.0  # seconds between two looks at the file
+_COMPLAIN_EVERY = 60.0  # seconds between two lines in the log about a file that cannot be read
 
 log = logging.getLogger("dsv3.server")
 
@@ -48,6 +51,8 @@ def read_keys(path: Path) -> list[Key]:
         keys = [Key(**entry) for entry in listed]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: make it with `dsv3 keys add NAME --file {path}`") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no file of keys ({error!r}): make one with `dsv3 keys add`") from None
     for key in keys:
@@ -58,37 +63,33 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def write_keys(path: Path, keys: list[Key]) -> None:
-    """Write the file so that it appears whole, readable by its owner alone from its first byte on."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    content = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1) + "\n"
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write the file so that it appears whole; a new one is for its owner's eyes alone."""
+    write_whole(path, json.dumps({"keys": [asdict(key) for key in keys]}, indent=1) + "\n", mode=0o600)
 
 
 def add_key(path: Path, name: str) -> str:
     """Give a new key to `name` and return it: this is the only time that anybody sees it."""
     _check_name(name)
-    keys = read_keys(path) if path.exists() else []
-    if any(key.name == name for key in keys):
-        raise UserError(f"{name!r} has a key in {path}: remove it first, or choose another name")
     secret = _PREFIX + secrets.token_urlsafe(32)
-    write_keys(path, [*keys, Key(name, _hash(secret), datetime.now(UTC).date().isoformat())])
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder: make it first")
+    with in_turn(path.parent):
+        keys = read_keys(path) if path.exists() else []
+        if any(key.name == name for key in keys):
+            raise UserError(f"{name!r} has a key in {path}: remove it first, or choose another name")
+        write_keys(path, [*keys, Key(name, _hash(secret), datetime.now(UTC).date().isoformat())])
     return secret
 
 
 def remove_key(path: Path, name: str) -> None:
-    keys = read_keys(path)
-    kept = [key for key in keys if key.name != name]
-    if len(kept) == len(keys):
-        names = ", ".join(key.name for key in keys) or "nobody"
-        raise UserError(f"{name!r} has no key in {path}: it holds those of {names}")
-    write_keys(path, kept)
+    read_keys(path)  # a file that is missing is said so before its folder is
+    with in_turn(path.parent):
+        keys = read_keys(path)
+        kept = [key for key in keys if key.name != name]
+        if len(kept) == len(keys):
+            names = ", ".join(key.name for key in keys) or "nobody"
+            raise UserError(f"{name!r} has no key in {path}: it holds those of {names}")
+        write_keys(path, kept)
 
 
 class KeyRing:
@@ -98,6 +99,7 @@ class KeyRing:
         self._path = path
         self._seen = self._stamp()
         self._looked = monotonic()
+        self._complained = -_COMPLAIN_EVERY
         self._keys = read_keys(path)
 
     def find(self, presented: str) -> Key | None:
@@ -118,19 +120,28 @@ class KeyRing:
         stamp = self._stamp()
         if stamp == self._seen:
             return
-        self._seen = stamp
         try:
-            self._keys = read_keys(self._path)
+            self._keys = read_keys(self._path) if stamp is not None else []
+        except UserError as error:
+            if now - self._complained >= _COMPLAIN_EVERY:
+                self._complained = now
+                log.error("the keys stay as they were: %s", error)
+            return
+        self._seen = stamp
+        if stamp is None:
+            log.error("%s is gone: no key is valid until it is back", self._path)
+        else:
             log.info("%s: %d keys", self._path, len(self._keys))
-        except (UserError, OSError) as error:
-            log.error("the keys stay as they were: %s", error)
 
     def _stamp(self) -> Any:
+        """What changes with the file; None where it is gone."""
         try:
             stat = self._path.stat()
-        except OSError:
+        except FileNotFoundError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        except OSError as error:
+            return error.errno
+        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def _hash(secret: str) -> str:

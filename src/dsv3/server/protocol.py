@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
+from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic_core
@@ -21,12 +23,14 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    WrapValidator,
     field_validator,
     model_validator,
 )
 from starlette.requests import Request
 
 from dsv3.engine.sampling import SamplingParams
+from dsv3.server.apart import apart
 from dsv3.server.errors import ApiError, ClientGone
 from dsv3.server.settings import Settings
 
@@ -34,12 +38,16 @@ MAX_PROMPTS = 1024
 """Prompts in one request."""
 MAX_ANSWERS = 128
 """Answers to one prompt."""
+MAX_TURNS = 4096
+"""Messages of a conversation, parts of one message, calls in it."""
 _WHOLE = 2**31 - 1
 
 _REFUSED = "is not supported here"
 
 Whole = Annotated[int, Field(ge=0, le=_WHOLE)]
-TokenIds = list[Whole]
+FAIL_FAST = Field(fail_fast=True)
+"""A list ends at its first mistake: four megabytes of them would take seconds to tell, and nobody reads the second."""
+TokenIds = Annotated[list[Whole], FAIL_FAST]
 Free = dict[str, JsonValue]
 """A JSON object that is handed on."""
 
@@ -48,6 +56,69 @@ class Request_(BaseModel):
     """What all requests have in common: nothing unknown, nothing converted, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_crowd(cls, value: Any) -> Any:
+        """Of many unknown names only the first is told; a name or two pydantic may tell by itself."""
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = next((name for name in value if name not in known), None)
+            if unknown is not None:
+                raise _wrong(unknown, "unknown here: leave it out", code="unknown_parameter")
+        return value
+
+
+def _prompts(value: Any, handler: Any) -> Any:
+    """A text, several, token ids, or several lists of these: looked through here.
+
+    pydantic tries each form on all of the value, which for a megabyte of ids takes seconds."""
+    if isinstance(value, str) or not isinstance(value, list) or not value:
+        return handler(value)
+    kind: type = type(value[0])
+    if kind is int:
+        _check_ids(value)
+        return value
+    if kind not in (str, list):
+        raise _wrong(0, "it must be a text, a token id or a list of token ids")
+    if len(value) > MAX_PROMPTS:
+        raise _wrong(f"it has {len(value):,} prompts: {MAX_PROMPTS:,} is the most")
+    for i, item in enumerate(value):
+        if type(item) is not kind:
+            raise _wrong(i, "prompts must be all texts or all lists of token ids")
+        if isinstance(item, list):
+            _check_ids(item, i)
+    return value
+
+
+def prompts_of(given: Any) -> list[str | list[int]]:
+    """What `_prompts` lets pass, as several."""
+    return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+
+
+def _check_ids(ids: list[Any], *place: int) -> None:
+    if not ids:
+        raise _wrong(*place, "it must have at least one token id")
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= _WHOLE:
+        return
+    wrong = next(i for i, item in enumerate(ids) if type(item) is not int or not 0 <= item <= _WHOLE)
+    raise _wrong(*place, wrong, f"a token id is a whole number from 0 to {_WHOLE}")
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """For objects of any names: how many there may be, before each of them is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"it has {len(value):,} names: {most:,} is the most")
+        return value
+
+    return BeforeValidator(check)
+
+
+Metadata = Annotated[dict[str, str] | None, Field(max_length=16), _at_most(16)]
+Choices = Annotated[list[str], FAIL_FAST]
+Empty = Annotated[list[JsonValue] | None, Field(max_length=0, fail_fast=True)]
 
 
 _INERT = Field(
@@ -89,7 +160,7 @@ class Structured(Request_):
 
     json_: Annotated[Free | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Choices | None = None
     grammar: str | None = None
 
 
@@ -105,7 +176,7 @@ class Generating(Request_):
     # Beyond OpenAI
     top_k: Annotated[int | None, Field(ge=-1, le=_WHOLE)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
     min_tokens: Whole | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[TokenIds | None, Field(max_length=1024)] = None
@@ -140,16 +211,20 @@ _SHARED = (
 )
 
 
+StopText = Annotated[str, Field(max_length=1000)]
+
+
 class Sampled(Generating):
     """What /v1/chat/completions and /v1/completions share."""
 
     n: Annotated[int | None, Field(ge=1, le=MAX_ANSWERS)] = None
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=64, fail_fast=True)] | None = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None,
         Field(max_length=4096),
+        _at_most(4096),
     ] = None
     stream_options: StreamOptions | None = None
     # Beyond OpenAI
@@ -157,7 +232,7 @@ class Sampled(Generating):
     structured_outputs: Structured | None = None
     guided_json: Free | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
     return_token_ids: bool | None = None
     include_stop_str_in_output: Off = None
@@ -211,8 +286,11 @@ def _first(*values: Any) -> Any:
 class TextPart(Request_):
     type: Literal["text", "input_text", "output_text"]
     text: str
-    annotations: Annotated[list[JsonValue] | None, Field(max_length=0)] = None
-    logprobs: Annotated[list[JsonValue] | None, Field(max_length=0)] = None
+    annotations: Empty = None
+    logprobs: Empty = None
+
+
+Parts = str | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]
 
 
 class Function(Request_):
@@ -231,13 +309,13 @@ class ChatMessage(Request_):
     """One turn. Which roles may follow which is the chat template's to say."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Parts | None = None
     name: str | None = None
-    tool_calls: list[ToolCallMade] | None = None
+    tool_calls: Annotated[list[ToolCallMade] | None, Field(max_length=MAX_TURNS, fail_fast=True)] = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    annotations: Annotated[list[JsonValue] | None, Field(max_length=0)] = None
+    annotations: Empty = None
     audio: Nothing = None
     function_call: Nothing = None
 
@@ -310,16 +388,16 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
     max_tokens: Annotated[int | None, Field(ge=1, le=_WHOLE)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=_WHOLE)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool] | None, Field(max_length=128)] = None
+    tools: Annotated[list[Tool] | None, Field(max_length=128, fail_fast=True)] = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[str, str] | None, Field(max_length=16)] = None
+    metadata: Metadata = None
     """Accepted; nothing is kept that it could be found by."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -334,7 +412,8 @@ class ChatRequest(Sampled):
     function_call: No = None
     functions: Nothing = None
     modalities: Annotated[
-        list[Literal["text"]] | None, Field(max_length=1, json_schema_extra={"x-inert": True})
+        list[Literal["text"]] | None,
+        Field(max_length=1, fail_fast=True, json_schema_extra={"x-inert": True}),
     ] = None
     prediction: Nothing = None
     prompt_cache_retention: Nothing = None
@@ -357,21 +436,33 @@ class ChatRequest(Sampled):
             name = self.tool_choice.function.name
             if all(tool.function.name != name for tool in self.tools or ()):
                 raise _wrong("tool_choice", f"there is no tool {name!r}")
+        _check_strict([tool.function.strict for tool in self.tools or ()], self.tool_choice, "function")
         return self
+
+
+def _check_strict(strict: list[bool | None], choice: object, *place: str) -> None:
+    """Calls fit their parameters for certain where they must be made; one that may be made is the model's own."""
+    if choice in (None, "auto") and True in strict:
+        raise _wrong(
+            "tools", strict.index(True), *place, "strict",
+            f'true {_REFUSED} with tool_choice auto: leave it out, or set tool_choice to "required"',
+            code="unsupported_parameter",
+        )  # fmt: skip
 
 
 # Completions ----------------------------------------------------------------------------------------------
 
 
 class CompletionRequest(Sampled):
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[TokenIds, Field(min_length=1)]
         | Annotated[
             list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
-        ]
-    )
+        ],
+        WrapValidator(_prompts),
+    ]
     max_tokens: Whole | None = 16
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=100)] = None
@@ -382,12 +473,24 @@ class CompletionRequest(Sampled):
     response_format: ResponseFormat | None = None
     # Not supported
     store: Off = None
-    metadata: Annotated[dict[str, str] | None, Field(max_length=16)] = None
+    metadata: Metadata = None
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise _wrong("best_of", f"{_REFUSED}: every answer made is given, so it must be n")
+        return self
+
+    @model_validator(mode="after")
+    def _ids_are_whole(self) -> Self:
+        if (
+            self.add_special_tokens
+            and not isinstance(self.prompt, str)
+            and not isinstance(self.prompt[0], str)
+        ):
+            raise _wrong(
+                "add_special_tokens", "token ids are taken as they are: put the special ones among them"
+            )
         return self
 
 
@@ -397,7 +500,7 @@ class CompletionRequest(Sampled):
 class InputMessage(Request_):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Parts
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -415,12 +518,30 @@ class InputCall(Request_):
 class InputCallOutput(Request_):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextPart]
+    output: Parts
     id: str | None = None
     status: str | None = None
 
 
-InputItem = Annotated[InputMessage | InputCall | InputCallOutput, Field(discriminator="type")]
+class ReasoningPart(Request_):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class InputReasoning(Request_):
+    """What the model thought before an answer, as we have given it out."""
+
+    type: Literal["reasoning"]
+    content: Annotated[list[ReasoningPart] | None, Field(max_length=MAX_TURNS, fail_fast=True)] = None
+    summary: Empty = None
+    encrypted_content: Nothing = None
+    id: str | None = None
+    status: str | None = None
+
+
+InputItem = Annotated[
+    InputMessage | InputCall | InputCallOutput | InputReasoning, Field(discriminator="type")
+]
 
 
 class ResponseTool(FunctionTool):
@@ -458,14 +579,14 @@ class ReasoningOptions(Request_):
 
 
 class ResponsesRequest(Generating):
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1, le=_WHOLE)] = None
-    tools: Annotated[list[ResponseTool] | None, Field(max_length=128)] = None
+    tools: Annotated[list[ResponseTool] | None, Field(max_length=128, fail_fast=True)] = None
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    metadata: Annotated[dict[str, str] | None, Field(max_length=16)] = None
+    metadata: Metadata = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # Beyond OpenAI
@@ -474,9 +595,9 @@ class ResponsesRequest(Generating):
     background: Off = None
     context_management: Nothing = None
     conversation: Nothing = None
-    include: Annotated[list[JsonValue] | None, Field(max_length=0, json_schema_extra={"x-inert": True})] = (
-        None
-    )
+    include: Annotated[
+        list[JsonValue] | None, Field(max_length=0, fail_fast=True, json_schema_extra={"x-inert": True})
+    ] = None
     max_tool_calls: Nothing = None
     moderation: Nothing = None
     previous_response_id: Nothing = None
@@ -497,22 +618,28 @@ class ResponsesRequest(Generating):
             return value
         return [
             {"type": "message", **item} if isinstance(item, dict) and "type" not in item else item
-            for item in value
+            for item in value[: MAX_TURNS + 1]
         ]
+
+    @model_validator(mode="after")
+    def _strict_where_it_holds(self) -> Self:
+        _check_strict([tool.strict for tool in self.tools or ()], self.tool_choice)
+        return self
 
 
 # The smaller ones ------------------------------------------------------------------------------------------
 
 
 class EmbeddingRequest(Request_):
-    input: (
+    input: Annotated[
         Annotated[str, Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[TokenIds, Field(min_length=1)]
         | Annotated[
             list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
-        ]
-    )
+        ],
+        WrapValidator(_prompts),
+    ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[
@@ -520,14 +647,23 @@ class EmbeddingRequest(Request_):
     ] = None
     user: str | None = None
 
+    @model_validator(mode="after")
+    def _texts_are_not_empty(self) -> Self:
+        texts: list[Any] = self.input if isinstance(self.input, list) else []
+        if "" in texts:
+            raise _wrong("input", texts.index(""), "it must not be empty")
+        return self
+
 
 class TokenizeRequest(Request_):
     """Either a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage] | None, Field(min_length=1)] = None
-    tools: Annotated[list[Tool] | None, Field(max_length=128)] = None
+    messages: Annotated[
+        list[ChatMessage] | None, Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
+    ] = None
+    tools: Annotated[list[Tool] | None, Field(max_length=128, fail_fast=True)] = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -538,6 +674,13 @@ class TokenizeRequest(Request_):
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise _wrong("prompt", "give either prompt or messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise _wrong(
+                "add_special_tokens", "it belongs to prompt: the chat template writes those of messages"
+            )
+        for name in ("tools", "chat_template_kwargs", "add_generation_prompt"):
+            if self.prompt is not None and getattr(self, name) is not None:
+                raise _wrong(name, "it belongs to messages, and there is a prompt")
         return self
 
 
@@ -549,13 +692,22 @@ class DetokenizeRequest(Request_):
 # Reading them ----------------------------------------------------------------------------------------------
 
 
-def _wrong(param: str, message: str) -> pydantic_core.PydanticCustomError:
-    """An error that concerns one of a model's fields, found when all of them are there."""
+def _wrong(*place_and_message: str | int, code: str = "invalid_value") -> pydantic_core.PydanticCustomError:
+    """An error whose place is not, or not all, pydantic's to know: the way from what is looked at, then the message."""
+    *place, message = place_and_message
     # Braces would be taken for places to fill in.
-    return pydantic_core.PydanticCustomError("wrong", "{message}", {"message": message, "param": param})
+    context = {"message": message, "place": place, "code": code}
+    return pydantic_core.PydanticCustomError("wrong", "{message}", context)
 
 
 R = TypeVar("R", bound=Request_)
+
+
+async def read(model: type[R], request: Request, settings: Settings) -> R:
+    """The request in a body; raises ApiError and ClientGone."""
+    body = await read_body(request, settings)
+    request.scope["dsv3"].length = len(body)
+    return await apart(len(body), lambda: parse(model, request.headers.get("content-type", ""), body))
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:
@@ -615,10 +767,14 @@ def parse(model: type[R], content_type: str, body: bytes) -> R:
 
 def _infinite(value: dict[str, Any]) -> str | None:
     """The parameter with a number that became infinite (1e999 is valid JSON), if one has."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return next((name for name, item in value.items() if "Infinity" in json.dumps(item)), None)
+    for name, item in value.items():
+        left = [item]
+        while left:
+            item = left.pop()
+            if isinstance(item, dict | list):
+                left.extend(item.values() if isinstance(item, dict) else item)
+            elif isinstance(item, float) and math.isinf(item):
+                return name
     return None
 
 
@@ -635,8 +791,8 @@ def _refusal(model: type[BaseModel], error: ValidationError) -> ApiError:
     path = _path(detail["loc"])
     if detail["type"] == "wrong":
         context = detail.get("ctx", {})
-        path = [*path, context["param"]]
-        return ApiError(400, f"{_join(path)}: {context['message']}", param=_join(path), code="invalid_value")
+        where = _join([*path, *context["place"]])
+        return ApiError(400, f"{where}: {context['message']}", param=where, code=context["code"])
     param = _join(path) or None
     kind = next((d for d in details if d["loc"][:1] == first and d["loc"][-1:] == ("type",)), None)
     if kind is not None and isinstance(kind["input"], str):
@@ -659,7 +815,10 @@ def _refusal(model: type[BaseModel], error: ValidationError) -> ApiError:
     if inert or _REFUSED in detail["msg"]:
         return ApiError(400, f"{param} {_REFUSED}: leave it out", param=param, code="unsupported_parameter")
     message = detail["msg"][:1].lower() + detail["msg"][1:]
-    given = json.dumps(detail["input"], ensure_ascii=False, default=str)
+    input = detail["input"][:80] if isinstance(detail["input"], str) else detail["input"]
+    # Only as much of it as is shown: it may be the whole body.
+    pieces = json.JSONEncoder(ensure_ascii=False, default=str).iterencode(input)
+    given = "".join(islice(pieces, 80))
     shown = given if len(given) <= 80 else given[:77] + "..."
     return ApiError(400, f"{param} is {shown}: {message}", param=param, code="invalid_value")
 
@@ -676,7 +835,7 @@ def _path(location: tuple[int | str, ...]) -> list[int | str]:
     return path
 
 
-_TAGS = ("message", "function_call", "function_call_output")
+_TAGS = ("message", "function_call", "function_call_output", "reasoning")
 _FORM = re.compile(
     r"(str|float|int|dict|none|bool)$"
     r"|list\[|literal\[|function-|constrained-|lax-or|json-or|nullable|\[key\]|[A-Z]"

@@ -21,11 +21,12 @@ from dsv3.server.protocol import (
     InputCall,
     InputCallOutput,
     InputItem,
+    InputMessage,
+    InputReasoning,
     ResponseNamedTool,
     ResponsesRequest,
     TextPart,
-    parse,
-    read_body,
+    read,
 )
 from dsv3.server.service import Exchange, Service, exchange_of, service_of
 from dsv3.server.speech import Speaking
@@ -35,8 +36,7 @@ from dsv3.server.structure import structured_output
 
 async def responses(request: Request) -> Response:
     service, exchange = service_of(request), exchange_of(request)
-    body = await read_body(request, service.settings)
-    asked = parse(ResponsesRequest, request.headers.get("content-type", ""), body)
+    asked = await read(ResponsesRequest, request, service.settings)
     reply = await Reply.begin(service, exchange, asked)
     if asked.stream:
         return EventStream(reply.events(), service, exchange, reply.failed)
@@ -44,6 +44,7 @@ async def responses(request: Request) -> Response:
         (answer,) = await reply.answers.collect()
     reply.push(answer.text)
     reply.close(answer.finish_reason)
+    await reply.count_reasoning()
     return JSONResponse(reply.whole(reply.status))
 
 
@@ -61,6 +62,7 @@ class Reply:
         self._speech = speaking.listen()
         self._plain = speaking.plain
         self._number = 0
+        self._reasoning_tokens = 0
         params, format = answers.params, asked.text.format if asked.text else None
         choice = asked.tool_choice or "auto"
         self._head: dict[str, Any] = {
@@ -107,7 +109,7 @@ class Reply:
         speaking = Speaking(
             service.engine.llm.tokenizer, tools, choice, asked.parallel_tool_calls is not False
         )
-        prompt = await service.encode_chat(messages, speaking.tools, asked.chat_template_kwargs)
+        prompt = await service.encode_chat(exchange, messages, speaking.tools, asked.chat_template_kwargs)
         speaking.begin(prompt)
         structured = speaking.structured(structured_output(None, asked.text.format if asked.text else None))
         params = asked.sampling(
@@ -132,7 +134,7 @@ class Reply:
             "input_tokens": exchange.prompt_tokens,
             "input_tokens_details": {"cached_tokens": exchange.cached_tokens},
             "output_tokens": exchange.generated_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
             "total_tokens": exchange.prompt_tokens + exchange.generated_tokens,
         }
         return {
@@ -143,6 +145,11 @@ class Reply:
             "output": self.items if done else [],
             "usage": usage if done else None,
         }
+
+    async def count_reasoning(self) -> None:
+        """How many of the tokens are reasoning, by its text: all that is said is one text to the engine."""
+        texts = [item["content"][0]["text"] for item in self.items if item["type"] == "reasoning"]
+        self._reasoning_tokens = sum(map(len, await self.answers.service.encode(texts, special=False)))
 
     # What the model says -------------------------------------------------------------------------------
 
@@ -276,6 +283,7 @@ class Reply:
                             f',"item_id":{item_id},"output_index":0,"content_index":0,"logprobs":[],"delta":'
                         )
         events = self.close(finish_reason)
+        await self.count_reasoning()
         end = self._write(f"response.{self.status}", {"response": self.whole(self.status)})
         yield b"".join(events) + end
 
@@ -287,24 +295,31 @@ def _messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": asked.instructions})
     if isinstance(asked.input, str):
         return [*messages, {"role": "user", "content": asked.input}]
+    thought: dict[str, Any] = {}
     for item in asked.input:
-        messages = _with(messages, item)
+        if isinstance(item, InputReasoning):  # belongs to the turn that it began
+            thought = {"reasoning_content": "\n".join(part.text for part in item.content or ())}
+        else:
+            _append(messages, item, thought)
+            thought = {}
     return messages
 
 
-def _with(messages: list[dict[str, Any]], item: InputItem) -> list[dict[str, Any]]:
+def _append(messages: list[dict[str, Any]], item: InputItem, thought: dict[str, Any]) -> None:
+    """thought: what came before an assistant's turn, or nothing; before another's it is of no use."""
     if isinstance(item, InputCall):
         function = {"name": item.name, "arguments": item.arguments}
         call = {"id": item.call_id, "type": "function", "function": function}
-        last = messages[-1] if messages else {}
-        if last.get("role") == "assistant":  # calls belong to the turn that they end
-            calls = [*last.get("tool_calls", []), call]
-            return [*messages[:-1], {**last, "tool_calls": calls}]
-        return [*messages, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    if isinstance(item, InputCallOutput):
-        return [*messages, {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}]
-    role = "system" if item.role == "developer" else item.role
-    return [*messages, {"role": role, "content": _text(item.content)}]
+        if thought or not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": None, **thought})
+        messages[-1].setdefault("tool_calls", []).append(call)  # calls belong to the turn that they end
+    elif isinstance(item, InputCallOutput):
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+    elif isinstance(item, InputMessage):
+        role = "system" if item.role == "developer" else item.role
+        messages.append(
+            {"role": role, "content": _text(item.content), **(thought if role == "assistant" else {})}
+        )
 
 
 def _text(content: str | list[TextPart]) -> str:

@@ -8,9 +8,14 @@ balancer could not even ask whether we are ready.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import resource
 import socket
 import ssl
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -20,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dsv3.errors import UserError
+from dsv3.server.connection import Connection
 from dsv3.server.service import Service
 from dsv3.server.settings import Settings
 
@@ -27,6 +33,10 @@ log = logging.getLogger("dsv3.server")
 
 _LAST_WORDS = 2
 """Seconds to tell those who are cut off."""
+
+MAX_CONNECTIONS = 10_000
+"""Connections at once, as far as the process may have files open; one more is answered 503."""
+_OTHER_FILES = 64
 
 
 def open_socket(settings: Settings) -> socket.socket:
@@ -75,19 +85,21 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=Connection,
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                limit_concurrency=_most_connections(),
                 timeout_keep_alive=75,  # longer than load balancers keep theirs, so that they close first
                 timeout_graceful_shutdown=_LAST_WORDS,
                 ssl_certfile=settings.tls_cert,
                 ssl_keyfile=settings.tls_key,
             )
         )
+        logging.getLogger("uvicorn.error").addFilter(_is_defect)
         self._service: Service = app.state.service
         self._settings = settings
         self._on_ready: Callable[[], None] | None = on_ready
@@ -95,8 +107,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         service = self._service
-        if service.draining or service.state == "loading":
+        if service.draining:
             self.should_exit = self.force_exit = True
+        elif service.state == "loading":  # nothing is under way
+            self.should_exit = True
         service.draining = True
         self._drained_by = monotonic() + self._settings.drain
         log.info(
@@ -118,13 +132,33 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _most_connections() -> int:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, files - _OTHER_FILES))
+
+
+def _is_defect(record: logging.LogRecord) -> bool:
+    """What is cut off at a forced end is cancelled, and no error."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 def serve(app: FastAPI, settings: Settings, taken: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until told to stop. Raises what kept the engine from loading."""
+    """Serve until told to stop. Raises what kept the engine from loading.
+
+    Where the model is still being read, or a grammar being made, the process ends here, with status 0: a thread that does
+    that cannot be stopped, and Python's own end would pull the ground from under it."""
     server = Server(app, settings, on_ready)
     try:
         with suppress(KeyboardInterrupt):
             server.run(sockets=[taken])
     finally:
         taken.close()
-    if (failure := app.state.service.failure) is not None:
-        raise failure
+    service: Service = app.state.service
+    if service.failure is not None:
+        raise service.failure
+    if any(thread.name in ("dsv3-load", "dsv3-grammar") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -8,7 +8,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,23 +19,22 @@ from typing import Any, cast
 
 from starlette.requests import Request
 
-from dsv3.engine.async_engine import AsyncEngine, EngineStats
-from dsv3.engine.grammar import StructuredOutput
-from dsv3.server.errors import ApiError
+from dsv3.engine.async_engine import AsyncEngine, EngineBusy, EngineStats
+from dsv3.engine.grammar import WAITING, CompiledGrammar, StructuredOutput
+from dsv3.server.apart import apart
+from dsv3.server.errors import ApiError, deadline_passed
 from dsv3.server.keys import Key, KeyRing
 from dsv3.server.limits import Limits
 from dsv3.server.metrics import Metrics
 from dsv3.server.settings import Settings
 from dsv3.server.vocabulary import Vocabulary
 from dsv3.text import Message
+from dsv3.text.chat import DEEPSEEK_TEMPLATE, variables_of
 
 log = logging.getLogger("dsv3.server")
 
-LONG_TEXT = 20_000
-"""Characters from which text is encoded on a thread, so that nobody else's answer waits for it."""
-
-COMPILERS = 8
-"""Threads that wait for grammars: apart from those that encode, so that slow grammars hold up only each other."""
+FORMS_OF_KEY = 8
+"""Forms of answers that are prepared for one key at a time."""
 
 
 @dataclass(slots=True)
@@ -48,6 +48,11 @@ class Exchange:
     key: Key | None = None
     status: int = 0
     first_token: float | None = None
+    """When there was something to show: the first token, or embeddings."""
+    length: int = 0
+    """Bytes of the body."""
+    places: int = 1
+    """Answers that count against what the key may have at once."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -56,10 +61,11 @@ class Exchange:
     """What was asked; None unless the settings want it logged."""
 
     @property
-    def cache_salt(self) -> str:
-        """Parts the prefix caches of keys: how fast an answer came tells nobody what others have asked.
+    def who(self) -> str:
+        """The key, as a mark that is no secret; one for everybody where none is asked for.
 
-        It is made of the key itself, so that a name given away anew does not inherit."""
+        It parts limits and prefix caches: how fast an answer came tells nobody what others have asked. It is made of
+        the key itself, so that a name given away anew does not inherit."""
         return "" if self.key is None else self.key.sha256
 
 
@@ -81,7 +87,10 @@ class Service:
         """Why the engine could not be loaded."""
         self.tasks: set[asyncio.Task[Any]] = set()
         """Those that answer requests of the API."""
-        self._compilers = ThreadPoolExecutor(COMPILERS, "dsv3-forms")
+        self._compilers = ThreadPoolExecutor(WAITING, "dsv3-forms")
+        """Threads that do nothing but wait for grammars, apart from those that work."""
+        self._forms: Counter[str] = Counter()
+        """Forms under way, by key."""
         self._source = engine
         self._engine: AsyncEngine | None = None
 
@@ -162,48 +171,108 @@ class Service:
             )
         return model
 
-    async def compile(self, form: StructuredOutput) -> None:
-        """Make the grammar of a form, on a thread since that may take seconds; the engine then finds it made. Raises
-        UserError for a form that cannot be."""
-        grammars = self.engine.llm.engine.grammars
-        await asyncio.get_running_loop().run_in_executor(self._compilers, grammars.compile, form)
+    def reserve(self, exchange: Exchange, answers: int) -> None:
+        """Places for all answers to a request. Raises ApiError, or EngineBusy where they would have to wait behind too
+        many."""
+        engine = self.engine
+        if engine.max_waiting is not None:
+            most = engine.max_waiting + engine.llm.engine.scheduler.max_num_seqs
+            stats = engine.stats()
+            if answers > most:
+                raise ApiError(
+                    400,
+                    f"this request asks for {answers:,} answers: {most:,} is the most",
+                    code="invalid_value",
+                )
+            if stats.waiting + stats.running + answers > most:
+                raise EngineBusy(f"{stats.waiting} answers are waited for already: try again later")
+        self.limits.more(exchange.who, answers - 1)
+        exchange.places = answers
 
-    async def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of a plain text. special: whether BOS begins it where the checkpoint wants one."""
+    def seconds_left(self, exchange: Exchange) -> float:
+        """Until a request's deadline; raises ApiError 504 where that has passed."""
+        left = self.settings.request_timeout - (monotonic() - exchange.started)
+        if left <= 0:
+            raise deadline_passed(self.settings.request_timeout)
+        return left
+
+    async def compile(self, form: StructuredOutput, exchange: Exchange) -> CompiledGrammar:
+        """The grammar of a form, made on a thread since that may take seconds. Raises UserError for a form that cannot
+        be, ApiError where the key has too many under way or the request's deadline passes."""
+        grammars = self.engine.llm.engine.grammars
+        if (made := grammars.cached(form)) is not None:
+            return made
+        who = exchange.who
+        if self._forms[who] >= FORMS_OF_KEY:
+            raise ApiError(
+                429,
+                f"{FORMS_OF_KEY} forms of answers are being prepared for this key: wait for one",
+                code="concurrency_limit_exceeded",
+                headers={"retry-after": "1"},
+            )
+        left = self.seconds_left(exchange)
+        work = asyncio.get_running_loop().run_in_executor(self._compilers, grammars.compile, form)
+        self._forms[who] += 1
+
+        def done(work: asyncio.Future[CompiledGrammar]) -> None:
+            self._forms[who] -= 1
+            if not work.cancelled():
+                work.exception()  # nobody may be left to hear it
+
+        work.add_done_callback(done)
+        try:
+            # What is under way counts for as long as it takes, whether or not somebody waits.
+            return await asyncio.wait_for(asyncio.shield(work), left)
+        except TimeoutError:
+            raise deadline_passed(self.settings.request_timeout) from None
+
+    async def encode(self, given: Sequence[str | list[int]], special: bool = True) -> list[list[int]]:
+        """The ids of plain texts; what are ids already stays. special: whether BOS begins a text where the checkpoint
+        wants one."""
         tokenizer = self.engine.llm.tokenizer
         add_bos = special and tokenizer.add_bos_token
-        if len(text) < LONG_TEXT:
-            return list(tokenizer.encode(text, add_bos=add_bos))
-        return list(await asyncio.to_thread(tokenizer.encode, text, add_bos=add_bos))
+
+        def work() -> list[list[int]]:
+            return [tokenizer.encode(i, add_bos=add_bos) if isinstance(i, str) else i for i in given]
+
+        return await apart(sum(len(item) for item in given if isinstance(item, str)), work)
 
     async def encode_chat(
         self,
+        exchange: Exchange,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]],
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """The ids of a conversation in the checkpoint's own form. Raises UserError where that has no place for it."""
-        given = {"tools": tools or None, **(variables or {})}
-        reserved = {"add_generation_prompt", "messages", "self"} & given.keys()
-        if reserved:
+        tokenizer = self.engine.llm.tokenizer
+        known = variables_of(tokenizer.chat_template or DEEPSEEK_TEMPLATE) - _OURS
+        if unknown := (variables or {}).keys() - known:
+            name = min(unknown)
             raise ApiError(
-                400, f"chat_template_kwargs has {min(reserved)!r}: leave it out", param="chat_template_kwargs"
+                400,
+                f"chat_template_kwargs.{name}: the chat template knows no such variable, but "
+                f"{', '.join(sorted(known)) or 'none'}: leave it out",
+                param=f"chat_template_kwargs.{name}",
+                code="unknown_parameter",
             )
         encode = partial(
-            self.engine.llm.tokenizer.encode_chat,
+            tokenizer.encode_chat,
             cast(list[Message], messages),
             add_generation_prompt=add_generation_prompt,
-            **given,
+            **{"tools": tools or None, **(variables or {})},
         )
-        if sum(len(message["content"] or "") for message in messages) < LONG_TEXT:
-            return encode()
-        return await asyncio.to_thread(encode)
+        return await apart(exchange.length, encode)
+
+
+_OURS = {"add_generation_prompt", "messages", "tools", "bos_token", "eos_token", "pad_token", "unk_token"}
+"""Variables of a template that requests do not set, or not so."""
 
 
 async def _on_thread(work: Callable[[], AsyncEngine]) -> AsyncEngine:
-    """What `asyncio.to_thread` does, on a thread that ends with the process: who stops a server that is still reading
-    its model does not wait for that."""
+    """What `asyncio.to_thread` does, on a thread that ends with the process: who stops a server that is still
+    reading its model does not wait for that."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[AsyncEngine] = loop.create_future()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +25,7 @@ class Settings:
     port: int = 8000
     """0 takes a free one."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names that a Host header may hold besides this machine's own, where we are bound to it."""
+    """Names that a Host header may hold besides this machine's own; none and not `local`: any."""
     root_path: str = ""
     """The prefix under which a reverse proxy shows us, such as /llm."""
     api_keys: Path | None = None
@@ -34,7 +35,7 @@ class Settings:
     rate_limit: int | None = None
     """Requests a minute of one key."""
     max_concurrent: int | None = None
-    """Requests of one key that may be under way at once."""
+    """Answers for one key that may be under way at once; embeddings are one for a request."""
     max_body: int = 4 * 2**20
     """The longest body of a request, in bytes."""
     request_timeout: float = 600.0
@@ -61,6 +62,7 @@ class Settings:
             if limits and value is not None and not limits[0] <= value <= limits[1]:
                 upper = "" if limits[1] == math.inf else f" and at most {limits[1]:,}"
                 raise UserError(f"{field.name} is {value}: it must be at least {limits[0]:,}{upper}")
+        object.__setattr__(self, "allowed_hosts", tuple(map(_host, self.allowed_hosts)))
         for origin in self.cors_origins:
             parts = urlsplit(origin)
             if parts.scheme not in ("http", "https") or f"{parts.scheme}://{parts.netloc}" != origin:
@@ -77,6 +79,18 @@ class Settings:
     def local(self) -> bool:
         """Whether nobody but this machine can reach us."""
         return self.host in LOOPBACK
+
+
+def _host(name: str) -> str:
+    """A name as the Host header is compared with: in small letters, an IPv6 address in brackets."""
+    bare = name.strip("[]") if name.startswith("[") and name.endswith("]") else name
+    if bare.count(":") > 1 and re.fullmatch(r"[0-9a-fA-F:.]+", bare):
+        return f"[{bare.lower()}]"
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise UserError(
+            f"allowed_hosts has {name!r}: give a name alone, such as llm.example.org, without scheme, port or path"
+        )
+    return name.lower()
 
 
 _RANGES: Mapping[str, tuple[float, float]] = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from json.encoder import encode_basestring
@@ -29,12 +30,24 @@ DONE = b"data: [DONE]\n\n"
 _SLACK = 30.0
 """Seconds past its deadline that an answer may take to be read."""
 
-quote = encode_basestring
-"""A text as a JSON string; in C where Python was built with it. Line breaks are escaped, so an event stays one line."""
+_LAST_SEND = 5.0
+"""Seconds that the end of a stream may take to go out, after it was cut off."""
+
+_BREAKS = re.compile("[\x85\u2028\u2029]")
+
+
+def _one_line(text: str) -> str:
+    """JSON with those line breaks escaped that it may hold as they are: some clients (httpx) part lines at them."""
+    return text if text.isascii() else _BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def quote(text: str) -> str:
+    """A text as a JSON string of one line."""
+    return _one_line(encode_basestring(text))  # in C where Python was built with it
 
 
 def compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _one_line(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
 def data(value: Any) -> bytes:
@@ -118,7 +131,12 @@ class EventStream(Response):
                     answer = unforeseen(self._exchange.id)
                     log.exception("request %s failed in its stream", self._exchange.id)
                 last = self._failed(answer)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        try:
+            async with asyncio.timeout(_LAST_SEND):
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+        except TimeoutError:  # whoever asked reads nothing: its place is not kept
+            scope.get("dsv3.abort", lambda: None)()
+            raise ClientGone from None
 
     def _failed(self, error: ApiError) -> bytes:
         self._exchange.finish_reason = f"error: {error.code or error.type}"

@@ -196,7 +196,7 @@ def render(template: str, messages: Sequence[Message], variables: dict[str, Any]
         for message in copies:
             if message.get("tool_calls"):
                 message["tool_calls"] = [_with_json_text(call) for call in message["tool_calls"]]
-        if variables.get("tools") and "tools" not in _asked(template):
+        if variables.get("tools") and "tools" not in variables_of(template):
             copies = _describe(copies, variables["tools"], call_style(template))
         return _compiled(template).render(messages=copies, **variables)
     except Exception as error:  # a program of somebody else's: whatever it raises is an error of the input
@@ -227,9 +227,10 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 @lru_cache(maxsize=16)
-def _asked(template: str) -> frozenset[str]:
+def variables_of(template: str) -> frozenset[str]:
     """The variables that a template asks for."""
-    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(template)))
+    found = jinja2.meta.find_undeclared_variables(_environment().parse(template))
+    return frozenset(found - _environment().globals.keys())
 
 
 @cache

@@ -31,6 +31,7 @@ from dsv3.text.tiktoken import BYTE_ALPHABET, BYTES_OF, load_tiktoken
 from dsv3.text.tools import READABLE
 
 _STRAY = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as `surrogateescape` writes them
+_LONG = 20_000  # characters, or ids, from which Python's lock is given up while they are worked on
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -143,7 +144,10 @@ class Tokenizer:
         """
         backend, renumbered = (self.backend, {}) if allow_special else self._plain
         try:
-            ids = backend.encode(text, add_special_tokens=False).ids
+            if len(text) < _LONG:
+                ids = backend.encode(text, add_special_tokens=False).ids
+            else:  # a batch leaves other threads running, which a single text does not
+                ids = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:
             if not isinstance(text, str):
                 raise
@@ -155,7 +159,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are no character give U+FFFD, ids that are no token give nothing."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        ids = list(ids)
+        if len(ids) < _LONG:
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes, UTF-8 or not; nothing in them is a special token.
