@@ -222,3 +222,34 @@ def test_a_signal_drains_the_process_and_its_exit_status_is_0(number: signal.Sig
         assert '"route": "/v1/chat/completions", "status": 200' in out
     finally:
         process.kill()
+
+
+@pytest.mark.slow
+def test_killed_while_it_answers_it_starts_again_at_the_same_port() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dsv3", "serve", "nano", "--port", str(port), "--no-page"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    url = f"http://127.0.0.1:{port}"
+    endless = {"prompt": "Once", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+
+    def is_ready() -> bool:
+        try:
+            return httpx.get(f"{url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+        try:
+            wait(is_ready, 60)
+            with httpx.stream("POST", f"{url}/v1/completions", json=endless) as stream:
+                lines = stream.iter_lines()
+                assert next(lines).startswith("data: ")
+                process.kill()
+                with pytest.raises(httpx.TransportError):
+                    list(lines)
+        finally:
+            process.kill()
+            process.wait(10)
