@@ -2,13 +2,16 @@
 //
 // Languages fall into a few families that share how comments and strings are written. A line is coloured by
 // itself given `inside`: what must come to end a comment or string that began on an earlier line. So a block
-// of code that is still arriving never has to be coloured again from its beginning.
+// of code that is still arriving never has to be coloured again from its beginning. Very long lines stay as they are:
+// they are data rather than code, and would be elements by the ten thousand.
+
+const LONGEST = 5000; // characters of a line that is coloured
 
 const words = (text) => new Set(text.split(" "));
 
 const C = {
   comment: String.raw`\/\/.*|\/\*`,
-  string: String.raw`"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|` + "`",
+  string: "[\"'`]",
   keywords: words(
     "abstract as async await bool boolean break case catch char class const continue default delete do double " +
       "else enum export extends extern false final finally float fn for from func function go if impl implements " +
@@ -20,7 +23,7 @@ const C = {
 };
 const HASH = {
   comment: String.raw`(?<!\S)#.*`,
-  string: String.raw`"""|'''|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'`,
+  string: `"""|'''|["']`,
   keywords: words(
     "and as assert async await begin break case class continue def del do done elif else end esac except exit " +
       "export False false fi finally for from function global if import in is lambda local match module None nil " +
@@ -29,7 +32,8 @@ const HASH = {
 };
 const DASH = {
   comment: String.raw`--.*|\/\*`,
-  string: String.raw`"(?:\\.|[^"\\])*"|'(?:''|[^'])*'`,
+  string: `["']`,
+  unescaped: "'",
   keywords: words(
     "all alter and as asc between by case create delete desc distinct do drop else elseif end exists false for " +
       "from function group having if in index inner insert into is join key left like limit local nil not null " +
@@ -39,7 +43,8 @@ const DASH = {
 };
 const MARKUP = {
   comment: "<!--",
-  string: '"[^"]*"',
+  string: '"',
+  unescaped: '"',
   word: String.raw`<\/?[\w:-]+|\/?>`,
   keywords: { has: () => true },
 };
@@ -60,11 +65,21 @@ for (const family of [C, HASH, DASH, MARKUP]) {
   family.pattern = new RegExp(groups.join("|"), "gu");
 }
 
+/** Where the string that `quote` began before `at` ends, or -1. */
+function closing(line, at, quote, escapes) {
+  for (let end = at; end < line.length; end += 1) {
+    if (escapes && line[end] === "\\") end += 1;
+    else if (line[end] === quote) return end + 1;
+  }
+  return -1;
+}
+
 /** The pieces [kind or null, text] of one line, and what the next one begins inside of ("" for nothing). */
 export function highlight(line, language, inside = "") {
   const family = BY_LANGUAGE.get(language.toLowerCase());
-  if (!family) return [[[null, line]], ""];
+  if (!family || line.length > LONGEST) return [[[null, line]], inside];
   const pieces = [];
+  const unclosed = new Set(); // quotes that nothing closes from here on
   let at = 0;
   const through = (end, kind) => { // to the end of a comment or string, or of the line
     const found = line.indexOf(end, at);
@@ -87,8 +102,12 @@ export function highlight(line, language, inside = "") {
       pieces.push([kindOf(ENDS[found]), found]);
       inside = through(ENDS[found], kindOf(ENDS[found]));
     } else if (comment) pieces.push(["comment", found]);
-    else if (string) pieces.push(["string", found]);
-    else if (number) pieces.push(["number", found]);
+    else if (string) {
+      const end = unclosed.has(found) ? -1 : closing(line, at, found, found !== family.unescaped);
+      if (end < 0) unclosed.add(found);
+      pieces.push([end < 0 ? null : "string", line.slice(match.index, Math.max(at, end))]);
+      at = Math.max(at, end);
+    } else if (number) pieces.push(["number", found]);
     else if (family.keywords.has(family === DASH ? found.toLowerCase() : found)) pieces.push(["keyword", found]);
     else pieces.push([line[at] === "(" ? "call" : null, found]);
   }

@@ -9,23 +9,33 @@
 // Text never becomes HTML: nodes are built from a fixed set of tags, and links go to http, https and mailto only.
 // Beyond CommonMark: tables, ~~strikethrough~~, bare links; line breaks are kept (poems, dialogues), formulas
 // are shown as they are written, a list nests from two spaces on, and --- is always a rule.
+//
+// A text may be anything, so all of this takes time in proportion to its length: patterns have neither neighbours that
+// match the same characters nor loops without a bound where many places may begin a match, and what was looked for
+// in vain is not looked for again.
 
 import { copy, h, iconButton } from "./dom.js";
 import { highlight } from "./highlight.js";
 
-const FENCE = /^( *)(`{3,}|~{3,})\s*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#+)?[ \t]*$/;
-const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
+const LINE_ENDS = /\r\n?|[\u2028\u2029]/g; // the others: after it, `.` is any character of a line
+const FENCE = /^( *)(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
+const FENCE_END = /^ *(`+|~+)\s*$/;
+const HEADING = /^ {0,3}(#{1,6})(?![^ \t])(.*)$/;
+const RULE = /^ {0,3}(?:-[ \t]*-[ \t]*-[- \t]*|\*[ \t]*\*[ \t]*\*[* \t]*|_[ \t]*_[ \t]*_[_ \t]*)$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( +)(.*)|\s*)$/;
 const INTERRUPTING_ITEM = /^ {0,3}(?:[-*+]|1[.)]) +\S/;
-const DELIMITERS = /^ *\|?(?: *:?-+:? *\|)+(?: *:?-+:? *)?$|^ *\| *:?-+:? *$/;
+const DELIMITER = /^:?-+:?$/;
 const FORMULA = /^ *(?:\\\[|\$\$)/;
 const ONLY_MARKS = /^[ \t]*(?:[-*_#`~>+|:=][-*_#`~>+|:= \t]*|\d{1,9}[.)]?[ \t]*)$/;
 
 const MAX_DEPTH = 12; // of nesting; deeper marks stay as they are written
+const MAX_FORMULA = 200; // lines
+const MAX_BACKTICKS = 32; // around code
+const MAX_LANGUAGE = 40; // characters
 const SPECIAL = /[\\`*_~[!<$]|https?:\/\//g;
 const WORD = /[\p{L}\p{N}]/u;
+const RUN = /`+|\*+|_+|~+|[^]/y; // of marks
 const RUNS = /\\[^]|`+[^`]*`+|\*+|_+|~+/g; // of marks, past escapes and code
 
 const node = (tag, kids = [], attributes = {}) => ({ tag, kids, attributes });
@@ -41,6 +51,7 @@ export class MarkdownView {
 
   /** Shows `text`, which begins with what was shown before. `open`: more of it may come. */
   update(text, open) {
+    text = text.replace(LINE_ENDS, "\n");
     if (open) {
       const line = text.lastIndexOf("\n") + 1;
       if (ONLY_MARKS.test(text.slice(line))) text = text.slice(0, line);
@@ -87,16 +98,22 @@ function fence(lines, at) {
   const match = FENCE.exec(lines[at]);
   if (!match) return null;
   const [, indent, mark, info] = match;
-  const close = new RegExp(`^ *\\${mark[0]}{${mark.length},}\\s*$`);
+  const closes = (line) => FENCE_END.exec(line)?.[1].startsWith(mark);
   let end = at + 1;
-  while (end < lines.length && !close.test(lines[end])) end += 1;
+  while (end < lines.length && !closes(lines[end])) end += 1;
   const code = lines.slice(at + 1, end).map((line) => unindent(line, indent.length));
-  return [{ code: code.join("\n"), language: info.trim().split(/[\s{]/)[0] }, end + 1];
+  const language = info.trim().split(/[\s{]/, 1)[0].slice(0, MAX_LANGUAGE);
+  return [{ code: code.join("\n"), language }, end + 1];
 }
 
 function heading(lines, at) {
   const match = HEADING.exec(lines[at]);
-  return match && [node(`h${match[1].length}`, inline(match[2] ?? "", false)), at + 1];
+  if (!match) return null;
+  const text = match[2].trim();
+  let end = text.length; // before the marks that close it, if it has some
+  while (text[end - 1] === "#") end -= 1;
+  const closed = end === 0 || " \t".includes(text[end - 1]);
+  return [node(`h${match[1].length}`, inline(closed ? text.slice(0, end).trimEnd() : text, false)), at + 1];
 }
 
 function rule(lines, at) {
@@ -142,8 +159,8 @@ function list(lines, at, open, depth) {
       if (!deeper && (blanks || interrupts(line) || ITEM.test(line))) break;
       loose ||= blanks > 0;
       if (deeper) strip ??= Math.min(indent, width);
-      inner.push(...Array(blanks).fill(""), unindent(line, strip ?? 0));
-      blanks = 0;
+      for (; blanks; blanks -= 1) inner.push("");
+      inner.push(unindent(line, strip ?? 0));
     }
     const more = end < lines.length;
     if (blanks && more && ITEM.exec(lines[end])?.[2].at(-1) === kind) loose = true;
@@ -182,12 +199,23 @@ function table(lines, at, open) {
   return [node("div", [node("table", parts)], { class: "table" }), end];
 }
 
-const beginsTable = (lines, at) => lines[at].includes("|") && DELIMITERS.test(lines[at + 1] ?? "");
+function beginsTable(lines, at) {
+  const next = lines[at + 1] ?? "";
+  if (!lines[at].includes("|") || !next.includes("|") || !/^[-:| ]+$/.test(next)) return false;
+  return cells(next).every((cell) => DELIMITER.test(cell));
+}
 
 function cells(line) {
   const inner = line.trim().replace(/^\|/, "").replace(/\|$/, "");
-  const found = inner.match(/(?:\\\||`[^`]*`|[^|])*(?:\||$)/g).slice(0, inner.endsWith("|") ? undefined : -1);
-  return found.map((cell) => cell.replace(/\|$/, "").replaceAll("\\|", "|").trim());
+  const found = [];
+  let start = 0;
+  for (const { 0: mark, index } of inner.matchAll(/\\\||`[^`]*`|\|/g)) { // past escapes and code
+    if (mark !== "|") continue;
+    found.push(inner.slice(start, index));
+    start = index + 1;
+  }
+  found.push(inner.slice(start));
+  return found.map((cell) => cell.replaceAll("\\|", "|").trim());
 }
 
 function alignment(delimiter) {
@@ -200,7 +228,7 @@ function formula(lines, at) {
   const close = lines[at].trim().startsWith("$$") ? "$$" : "\\]";
   let end = at;
   while (end < lines.length && !lines[end].slice(end === at ? lines[at].search(/\S/) + 2 : 0).includes(close)) {
-    if (!lines[end].trim()) return null;
+    if (!lines[end].trim() || end - at > MAX_FORMULA) return null;
     end += 1;
   }
   return [node("p", [leaf(lines.slice(at, end + 1).join("\n"))], { class: "math" }), end + 1];
@@ -231,7 +259,7 @@ const SPANS = [ // [pattern, (match, depth) => node]
   [/<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/y, ([, url]) => link(url, [leaf(url)])],
   [/https?:\/\/[^\s<>"`]{0,2000}[^\s<>"`'.,;:!?*_~)\]]/y, ([url]) => link(url, [leaf(url)])],
   [
-    /!?\[((?:[^[\]\\]|\\.|\[[^[\]]{0,200}\]){0,1000})\]\(\s*<?((?:[^\s()<>]|\([^\s()]*\)){0,2000})>?(?:\s+["'(][^\n]{0,500}?["')])?\s*\)/y,
+    /!?\[((?:[^[\]\\]|\\.|\[[^[\]]{0,200}\]){0,1000})\]\(\s{0,9}(?!\s)<?((?:[^\s()<>]|\([^\s()]{0,500}\)){0,2000})>?(?:\s{1,9}["'(][^\n]{0,500}?["')])?\s{0,9}\)/y,
     ([, label, url], depth) => link(url, inline(label || url, false, depth + 1)),
   ],
 ];
@@ -242,6 +270,7 @@ function inline(text, open, depth = 0) {
   if (depth > MAX_DEPTH) return [leaf(text)];
   const nodes = [];
   const unclosed = new Set(); // marks that nothing closes from here on
+  const lastLine = open ? text.lastIndexOf("\n") + 1 : text.length; // marks may still be closed in it
   let plain = "";
   let at = 0;
   while (at < text.length) {
@@ -250,14 +279,14 @@ function inline(text, open, depth = 0) {
     plain += text.slice(at, next);
     at = next;
     if (at === text.length) break;
-    const found = span(text, at, open, depth, unclosed);
+    const found = span(text, at, open, depth, unclosed, lastLine);
     if (found) {
       if (plain) nodes.push(leaf(plain));
       plain = "";
       if (found.node) nodes.push(found.node);
       at = found.end;
     } else {
-      const run = /^(`+|\*+|_+|~+|[^])/.exec(text.slice(at, at + 100))[0];
+      const run = runAt(text, at);
       plain += run;
       at += run.length;
     }
@@ -266,7 +295,12 @@ function inline(text, open, depth = 0) {
   return nodes;
 }
 
-function span(text, at, open, depth, unclosed) {
+function runAt(text, at) {
+  RUN.lastIndex = at;
+  return RUN.exec(text)[0];
+}
+
+function span(text, at, open, depth, unclosed, lastLine) {
   for (const [pattern, make] of SPANS) {
     pattern.lastIndex = at;
     const match = pattern.exec(text);
@@ -276,17 +310,18 @@ function span(text, at, open, depth, unclosed) {
   const arriving = open && LINK_ARRIVING.exec(text);
   if (arriving) return { node: leaf(arriving[1]), end: text.length };
   if (text[at] === "`") return codeSpan(text, at, open, unclosed);
-  return "*_~".includes(text[at]) ? emphasis(text, at, open, depth, unclosed) : null;
+  return "*_~".includes(text[at]) ? emphasis(text, at, open, depth, unclosed, lastLine) : null;
 }
 
 function codeSpan(text, at, open, unclosed) {
-  const [run] = /^`+/.exec(text.slice(at));
+  const run = runAt(text, at);
+  if (run.length > MAX_BACKTICKS) return null;
   const start = at + run.length;
   let end = unclosed.has(run) ? -1 : start;
   while (end >= 0) { // a run of just as many
     end = text.indexOf(run, end);
     if (end < 0) break;
-    const length = /^`+/.exec(text.slice(end, end + 100))[0].length;
+    const { length } = runAt(text, end);
     if (length === run.length) break;
     end += length;
   }
@@ -301,8 +336,8 @@ function codeSpan(text, at, open, unclosed) {
 
 const EMPHASIS = { "*": ["em"], _: ["em"], "**": ["strong"], __: ["strong"], "***": ["strong", "em"], "~~": ["del"] };
 
-function emphasis(text, at, open, depth, unclosed) {
-  const [run] = /^(?:\*+|_+|~+)/.exec(text.slice(at, at + 100));
+function emphasis(text, at, open, depth, unclosed, lastLine) {
+  const run = runAt(text, at);
   const start = at + run.length;
   if (open && start === text.length) return { node: null, end: start }; // what it marks has yet to come
   const tags = EMPHASIS[run];
@@ -310,7 +345,7 @@ function emphasis(text, at, open, depth, unclosed) {
   let end = unclosed.has(run) ? -1 : closing(text, start, run);
   if (end < 0) {
     unclosed.add(run);
-    if (!open || text.includes("\n", start)) return null;
+    if (!open || start < lastLine) return null;
     end = text.length;
   }
   const kids = inline(text.slice(start, end), open && end === text.length, depth + 1);
