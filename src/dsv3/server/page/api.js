@@ -78,7 +78,8 @@ async function* events(body) {
     while (true) {
       const { value, done } = await reader.read();
       if (done) return;
-      const lines = (rest + value).split(/\r?\n/);
+      const lines = value.split("\n");
+      lines[0] = rest + lines[0]; // only what is new is searched: a line may come in many pieces
       rest = lines.pop();
       for (const line of lines) {
         if (line.startsWith("data:")) yield line.slice(5).trim();

@@ -223,12 +223,13 @@ function alignment(delimiter) {
   return delimiter.startsWith(":") ? "center" : "right";
 }
 
-function formula(lines, at) {
+function formula(lines, at, open) {
   if (!FORMULA.test(lines[at])) return null;
   const close = lines[at].trim().startsWith("$$") ? "$$" : "\\]";
   let end = at;
   while (end < lines.length && !lines[end].slice(end === at ? lines[at].search(/\S/) + 2 : 0).includes(close)) {
-    if (!lines[end].trim() || end - at > MAX_FORMULA) return null;
+    const arriving = open && end === lines.length - 1;
+    if ((!lines[end].trim() && !arriving) || end - at > MAX_FORMULA) return null;
     end += 1;
   }
   return [node("p", [leaf(lines.slice(at, end + 1).join("\n"))], { class: "math" }), end + 1];
@@ -259,7 +260,7 @@ const SPANS = [ // [pattern, (match, depth) => node]
   [/<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/y, ([, url]) => link(url, [leaf(url)])],
   [/https?:\/\/[^\s<>"`]{0,2000}[^\s<>"`'.,;:!?*_~)\]]/y, ([url]) => link(url, [leaf(url)])],
   [
-    /!?\[((?:[^[\]\\]|\\.|\[[^[\]]{0,200}\]){0,1000})\]\(\s{0,9}(?!\s)<?((?:[^\s()<>]|\([^\s()]{0,500}\)){0,2000})>?(?:\s{1,9}["'(][^\n]{0,500}?["')])?\s{0,9}\)/y,
+    /!?\[((?:[^[\]\\]|\\.|\[[^[\]]{0,200}\]){0,500})\]\(\s{0,9}(?!\s)<?((?:[^\s()<>]|\([^\s()]{0,500}\)){0,2000})>?(?:\s{1,9}["'(][^\n]{0,500}?["')])?\s{0,9}\)/y,
     ([, label, url], depth) => link(url, inline(label || url, false, depth + 1)),
   ],
 ];

@@ -22,7 +22,8 @@ export function showList(conversations, { query, current, running, openMenu }) {
   }
   const none = words.length ? "Nothing found." : "No conversations yet.";
   if (!entries.length) entries.push(h("li", { class: "none" }, none));
-  list.replaceChildren(...entries);
+  list.replaceChildren();
+  for (const entry of entries) list.append(entry);
   if (focused) list.querySelector(`[data-id="${focused}"] a`)?.focus();
 }
 

@@ -29,7 +29,7 @@ export class Thread {
     let same = 0;
     while (same < shown.length && shown[same] === views[same]?.element) same += 1;
     for (const element of shown.slice(same)) element.remove();
-    this.list.append(...views.slice(same).map((view) => view.element));
+    for (const view of views.slice(same)) this.list.append(view.element);
     for (const view of views) view.refresh();
     this.follow();
   }

@@ -55,29 +55,36 @@ function listed(list) {
 
 /** A conversation of what is known and well-formed in `from`, wherever that comes from: no cycles, no odd types. */
 function checked(from) {
-  const conversation = newConversation(from?.settings && typeof from.settings === "object" ? from.settings : {});
+  const conversation = newConversation();
+  for (const [name, value] of Object.entries(isText(from?.settings) ? {} : from?.settings ?? {})) {
+    if (isText(value) || Number.isFinite(value)) conversation.settings[name] = value;
+  }
   conversation.id = isText(from?.id) && /^\w+$/.test(from.id) ? from.id : newId();
   conversation.title = isText(from?.title) ? from.title : "Imported";
   if (!isText(conversation.settings.system)) delete conversation.settings.system;
   for (const name of ["created", "updated"]) if (Number.isFinite(from?.[name])) conversation[name] = from[name];
   const seen = new Set();
-  const take = (source, target) => {
+  const left = [[from?.turns?.[ROOT], conversation.turns[ROOT]]]; // turns whose children are yet to be taken
+  while (left.length) {
+    const [source, target] = left.pop();
     for (const id of Array.isArray(source?.children) ? source.children : []) {
-      const turn = from.turns[id];
+      const turn = isText(id) ? from.turns[id] : null;
       if (seen.has(id) || !isText(turn?.text) || !["user", "assistant"].includes(turn.role)) continue;
       seen.add(id);
       const copy = { id: newId(), parent: target.id, role: turn.role, text: turn.text, children: [], chosen: null };
       for (const name of TEXTS) if (isText(turn[name])) copy[name] = turn[name];
       for (const name of NUMBERS) if (Number.isFinite(turn[name])) copy[name] = turn[name];
       if (turn.role === "assistant") copy.status = WHOLE.includes(turn.status) ? turn.status : "stopped";
-      if (Number.isFinite(turn.usage?.prompt) && Number.isFinite(turn.usage.completion)) copy.usage = { ...turn.usage };
+      const { prompt, completion, cached } = turn.usage ?? {};
+      if (Number.isFinite(prompt) && Number.isFinite(completion)) {
+        copy.usage = { prompt, completion, cached: Number.isFinite(cached) ? cached : 0 };
+      }
       conversation.turns[copy.id] = copy;
       target.children.push(copy.id);
       if (source.chosen === id || target.chosen === null) target.chosen = copy.id;
-      take(turn, copy);
+      left.push([turn, copy]);
     }
-  };
-  take(from?.turns?.[ROOT], conversation.turns[ROOT]);
+  }
   return conversation;
 }
 

@@ -53,10 +53,10 @@ export function choose(conversation, id) {
 /** The messages to send for an answer to `turn`: neighbours of one role are joined, empty answers left out. */
 export function messages(conversation, turn) {
   const turns = [];
-  for (let at = turn; at.id !== ROOT; at = conversation.turns[at.parent]) turns.unshift(at);
+  for (let at = turn; at.id !== ROOT; at = conversation.turns[at.parent]) turns.push(at);
   const system = conversation.settings.system?.trim();
   const found = system ? [{ role: "system", content: system }] : [];
-  for (const { role, text } of turns) {
+  for (const { role, text } of turns.reverse()) {
     if (!text) continue;
     if (found.at(-1)?.role === role) found.at(-1).content += `\n\n${text}`;
     else found.push({ role, content: text });
