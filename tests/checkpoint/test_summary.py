@@ -92,9 +92,9 @@ def test_what_fits_is_the_context_beside_the_weights() -> None:
     weights = Weights("bf16", 1000, None)
     assert summary.context_in(Pool("RAM", 9999, 999), weights) is None
     assert summary.context_in(Pool("RAM", 9999, 1000), weights) == 0
-    room = 1000 + int(144 * 7 / CACHE_SHARE)
-    assert summary.context_in(Pool("RAM", 9999, room), weights) == 7
-    assert summary.context_in(Pool("RAM", 9999, room), Weights("fp32", 1000, None)) == 3
+    room = 1000 + int(144 * 130 / CACHE_SHARE)
+    assert summary.context_in(Pool("RAM", 9999, room), weights) == 128, "whole blocks"
+    assert summary.context_in(Pool("RAM", 9999, room), Weights("fp32", 1000, None)) == 64
     assert summary.context_in(Pool("RAM", 10**9, 10**9), weights) == 512
 
 
@@ -125,13 +125,16 @@ def test_inspect_foretells_what_the_engine_does(
     for module in ("checkpoint.memory", "checkpoint.summary"):
         monkeypatch.setattr(f"dsv3.{module}.free_memory", lambda device: free[0])
     monkeypatch.setattr("dsv3.engine.machine.free_memory", lambda device: free[0] - loaded)
-    for free[0] in (loaded - 1, loaded + 10_000, loaded + 20_001, loaded + 10**9):
+    for free[0] in (loaded - 1, loaded + 10_000, loaded + 100_001, loaded + 10**9):
         foretold = summary.context_in(memory_pools()[0], weights)
         if foretold is None:
             with pytest.raises(CheckpointError, match="the model needs"):
-                LLM(folder, dtype=dtype, device="cpu")
+                LLM(folder, dtype=dtype, device="cpu", speculation="off")
+        elif foretold == 0:
+            with pytest.raises(UserError, match="the memory's room is 0"):
+                LLM(folder, dtype=dtype, device="cpu", speculation="off")
         else:
-            assert LLM(folder, dtype=dtype, device="cpu").max_model_len == foretold
+            assert LLM(folder, dtype=dtype, device="cpu", speculation="off").max_model_len == foretold
     assert foretold == TINY.max_position_embeddings
 
 

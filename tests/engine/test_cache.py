@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from dsv3.checkpoint.memory import CACHE_SHARE, token_bytes
 from dsv3.config import PRESETS
-from dsv3.engine.cache import BLOCK, BlockManager, allocate, chained_hash
+from dsv3.engine.cache import BlockManager, allocate, chained_hash
 from dsv3.engine.machine import choose_device, choose_dtype, cpu_has_bf16, fitting_tokens
 from dsv3.errors import UserError
+from dsv3.kernels.inference import BLOCK
 
 TINY = PRESETS["tiny"]
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ def test_what_fits_follows_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         available = 70_272 * 1000
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
-    assert fitting_tokens(PRESETS["v3-671b"], torch.bfloat16, CPU) == 1000 * CACHE_SHARE
+    assert fitting_tokens(PRESETS["v3-671b"], torch.bfloat16, CPU) == 1000 * CACHE_SHARE // BLOCK * BLOCK
     assert fitting_tokens(PRESETS["v3-671b"], torch.bfloat16, torch.device("meta")) is None
 
 

@@ -11,6 +11,7 @@ import torch
 
 from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError, size
+from dsv3.kernels.inference import BLOCK
 from dsv3.model import Transformer
 
 CACHE_SHARE = 0.5
@@ -41,8 +42,8 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> i
 
 
 def cache_tokens(config: ModelConfig, dtype: torch.dtype, free: int, mtp: bool = False) -> int:
-    """How many tokens of cache the engine makes room for where so many bytes are free beside the weights."""
-    return int(free * CACHE_SHARE) // token_bytes(config, dtype, mtp)
+    """How many tokens of cache, in whole blocks, the engine makes room for where so many bytes are free beside the weights."""
+    return int(free * CACHE_SHARE) // token_bytes(config, dtype, mtp) // BLOCK * BLOCK
 
 
 def fits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:

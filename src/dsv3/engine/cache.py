@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig
-
-BLOCK = 64
-"""Tokens per block: DeepSeek's and FlashMLA's."""
+from dsv3.kernels.inference import BLOCK
 
 
 def allocate(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from dsv3.engine.cache import BLOCK, BlockManager, allocate
+from dsv3.engine.cache import BlockManager, allocate
 from dsv3.engine.grammar import CompiledGrammar, GrammarCompiler
 from dsv3.engine.machine import fitting_tokens
 from dsv3.engine.runner import ModelRunner
@@ -25,6 +25,7 @@ from dsv3.engine.scheduler import Scheduler, Work
 from dsv3.engine.sequence import Sequence, TextDecoder
 from dsv3.engine.speculation import Pace
 from dsv3.errors import UserError
+from dsv3.kernels.inference import BLOCK
 from dsv3.model import Piece, Transformer
 
 if TYPE_CHECKING:

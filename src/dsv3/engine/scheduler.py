@@ -21,8 +21,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsv3.engine.cache import BLOCK, BlockManager
+from dsv3.engine.cache import BlockManager
 from dsv3.engine.sequence import Sequence
+from dsv3.kernels.inference import BLOCK
 from dsv3.model import Piece
 
 

@@ -14,9 +14,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from dsv3.engine.cache import BLOCK, chained_hash
+from dsv3.engine.cache import chained_hash
 from dsv3.engine.grammar import Matcher
 from dsv3.engine.sampling import Sampled, Sampler, SamplingParams, TokenLogprobs
+from dsv3.kernels.inference import BLOCK
 
 FinishReason = Literal["stop", "length", "deadline"]
 

@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from dsv3.engine.cache import BLOCK, allocate
+from dsv3.engine.cache import allocate
+from dsv3.kernels.inference import BLOCK
 from dsv3.model import FlatBatch, Piece, Transformer
 
 _CHUNK = (

@@ -22,7 +22,7 @@ from torch import Tensor
 from dsv3.kernels.native import call, pointer, usable
 
 BLOCK = 64
-"""Tokens to a block of a cache that the native kernels can read."""
+"""Tokens to a block of the cache: DeepSeek's and FlashMLA's number."""
 
 _VECTOR = 16
 
