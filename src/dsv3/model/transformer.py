@@ -13,6 +13,7 @@ the report leaves open.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,19 +165,50 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         angles = self.rope(positions)
-        embedded = self.embed_tokens(input_ids)
-        hidden = embedded
-        for block in self.layers:
-            hidden = block(hidden, self.rope, angles, mask, routing=routing)
-        hidden = self.norm(hidden)
+        hidden = self.through(self.embed_tokens(input_ids), angles, mask, routing)
+        ahead = [input_ids[:, k:] for k in range(1, len(self.mtp) + 1 if mtp else 1)]
+        return self.finish(hidden, ahead, angles, mask, routing)
 
+    def through(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        routing: list[Routing] | None = None,
+        layers: Iterable[int] | None = None,
+    ) -> Tensor:
+        """hidden [batch, seq, hidden] through these layers, by default all."""
+        for layer in range(self.config.num_hidden_layers) if layers is None else layers:
+            hidden = self.block(layer)(hidden, self.rope, angles, mask, routing=routing)
+        return hidden
+
+    def block(self, layer: int) -> Block:
+        """One of the main model's layers."""
+        found: Block = self.layers[layer]  # type: ignore[assignment]
+        return found
+
+    def finish(
+        self,
+        hidden: Tensor,
+        ahead: Sequence[Tensor],
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        routing: list[Routing] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads: the last layer's output normed, and each MTP module's.
+
+        ahead: for module k the ids [batch, n] of the tokens that stand k after the first n places.
+        """
+        hidden = self.norm(hidden)
         previous, mtp_hidden = hidden, []
-        for k, module in enumerate(self.mtp if mtp else (), start=1):
-            if input_ids.shape[1] <= k:
+        for k, (module, ids) in enumerate(zip(self.mtp, ahead, strict=False), start=1):
+            n = ids.shape[1]
+            if not n:
                 break
-            near = (angles[0][..., :-k, :], angles[1][..., :-k, :])
-            near_mask = None if mask is None else mask[..., :-k, :-k]
-            previous = module(embedded[:, k:], previous[:, :-1], self.rope, near, near_mask, routing=routing)
+            near = (angles[0][..., :n, :], angles[1][..., :n, :])
+            near_mask = None if mask is None else mask[..., :n, :-k]
+            embedded = self.embed_tokens(ids)
+            previous = module(embedded, previous[:, :n], self.rope, near, near_mask, routing=routing)
             mtp_hidden.append(previous)
         return hidden, mtp_hidden
 

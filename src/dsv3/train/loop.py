@@ -69,7 +69,7 @@ def backward(run: Run, batch: Batch, rows: int, mtp_weight: float) -> StepLosses
         losses = objective(run.model, part, mtp_weight, whole)
         losses.total.backward()
         run.optimizer.accumulate()
-        result.main += float(losses.main)
+        result.main += 0.0 if losses.main is None else float(losses.main)
         result.balance += float(losses.balance)
         if result.mtp is not None and losses.mtp is not None:
             result.mtp += float(losses.mtp)

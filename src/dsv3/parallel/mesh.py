@@ -1,0 +1,126 @@
+"""Who does what: each process's place in a `Layout`, and the groups of processes that it talks to.
+
+`torch.distributed` must be initialised (torchrun, or `dsv3.parallel.launch`). Processes are laid out as
+`dsv3.recipe.layout` says; torch's `DeviceMesh` makes the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dsv3.errors import UserError
+from dsv3.planner.pipeline import held
+from dsv3.recipe.layout import Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place, and its groups."""
+
+    layout: Layout
+    rank: int
+    places: DeviceMesh
+    """[pipeline, data, context]"""
+    groups: DeviceMesh
+    """[pipeline, replica, node, local]: the same processes; an expert group is node x local."""
+
+    @classmethod
+    def of(cls, layout: Layout, device: str = "cpu") -> Mesh:
+        """Make the groups; all processes call this. Raises UserError if there are not as many as the layout has."""
+        world = dist.get_world_size()
+        if world != layout.world:
+            raise UserError(
+                f"there are {world} processes, but the layout has pipeline {layout.pipeline} x data {layout.data} "
+                f"x context {layout.context} = {layout.world}: start that many"
+            )
+        kind = torch.device(device).type
+        places = init_device_mesh(
+            kind,
+            (layout.pipeline, layout.data, layout.context),
+            mesh_dim_names=("pipeline", "data", "context"),
+        )
+        groups = init_device_mesh(
+            kind,
+            (layout.pipeline, layout.replicas, layout.nodes, layout.expert // layout.nodes),
+            mesh_dim_names=("pipeline", "replica", "node", "local"),
+        )
+        groups["node", "local"]._flatten("expert")
+        groups["replica", "node", "local"]._flatten("flat")
+        return cls(layout, dist.get_rank(), places, groups)
+
+    # Places ------------------------------------------------------------------------------------------------
+
+    @property
+    def pipeline(self) -> int:
+        return self.places.get_local_rank("pipeline")
+
+    @property
+    def data(self) -> int:
+        return self.places.get_local_rank("data")
+
+    @property
+    def context(self) -> int:
+        return self.places.get_local_rank("context")
+
+    @property
+    def expert(self) -> int:
+        """Place in the expert group: node * (expert / nodes) + local."""
+        return self.rank % self.layout.expert
+
+    # Groups ------------------------------------------------------------------------------------------------
+
+    @property
+    def expert_group(self) -> ProcessGroup:
+        """Those that hold a layer's experts together, by `expert`."""
+        return self.groups.get_group("expert")
+
+    @property
+    def local_group(self) -> ProcessGroup:
+        """Those of the expert group on the same node."""
+        return self.groups.get_group("local")
+
+    @property
+    def node_group(self) -> ProcessGroup:
+        """Those of the expert group at the same place of their nodes."""
+        return self.groups.get_group("node")
+
+    @property
+    def context_group(self) -> ProcessGroup:
+        """Those that share this process's sequences."""
+        return self.places.get_group("context")
+
+    @property
+    def flat_group(self) -> ProcessGroup:
+        """All at this place of the pipeline: data x context."""
+        return self.groups.get_group("flat")
+
+    # Who holds what ----------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages of the model that this process holds."""
+        layout = self.layout
+        if layout.pipeline == 1:
+            return (0,)
+        return held(layout.schedule, self.pipeline, layout.pipeline, layout.stages)
+
+    def holders(self, stages: Iterable[int], experts: bool = False) -> tuple[int, ...]:
+        """Ranks that hold the same numbers as this process, of a parameter that any of these stages has.
+
+        experts: the parameter is this process's share of the routed experts.
+        """
+        layout, wanted = self.layout, set(stages)
+        width = layout.data * layout.context
+        devices = (
+            p
+            for p in range(layout.pipeline)
+            if layout.pipeline == 1 or wanted & set(held(layout.schedule, p, layout.pipeline, layout.stages))
+        )
+        flat = [f for f in range(width) if not experts or f % layout.expert == self.expert]
+        return tuple(p * width + f for p in devices for f in flat)

@@ -1,0 +1,1 @@
+"""What a model costs on a cluster, told before anything is bought: schedules, memory, time, money."""

@@ -1,0 +1,1 @@
+"""Imported once by the server that test processes are forked from."""
