@@ -3,6 +3,7 @@
     name, model, seed      what is trained
     data                   corpora and what is done to them (`dsv3.recipe.data`)
     optimizer, precision   how a step is taken
+    parallel               how it is laid over processes (`dsv3.recipe.layout`)
     stages                 pretrain, extend, sft: one phase each, or several (`dsv3.recipe.train`)
     export                 what is written at the end
 
@@ -21,9 +22,10 @@ from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import ConfigError
 from dsv3.recipe.data import DataRecipe
 from dsv3.recipe.fields import RecipeError, build, read_yaml
+from dsv3.recipe.layout import Layout
 from dsv3.recipe.train import Phase, Precision
 
-__all__ = ["Export", "OptimizerRecipe", "Phase", "Recipe", "RecipeError", "load_recipe"]
+__all__ = ["Export", "Layout", "OptimizerRecipe", "Phase", "Recipe", "RecipeError", "load_recipe"]
 
 STAGES = ("pretrain", "extend", "sft")
 
@@ -74,6 +76,7 @@ class _Settings:
     """Compute norms and MLA up-projections again in backward instead of keeping them (section 3.2.3)."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     export: Export = field(default_factory=Export)
+    parallel: Layout = field(default_factory=Layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,13 @@ class Recipe(_Settings):
         if self.export.average and self.optimizer.ema is None:
             raise RecipeError("export.average is true, but optimizer.ema gives no decay")
         for name, phase in self.phases.items():
-            config = self.config(name)
+            config, layout = self.config(name), self.layout(name)
+            layout.check_model(config)
+            if layout.world != self.parallel.world:
+                raise RecipeError(
+                    f"stages.{name}.parallel is for {layout.world} processes, but the recipe's for "
+                    f"{self.parallel.world}: all stages run on as many"
+                )
             if phase.sequence_length > config.max_position_embeddings:
                 raise RecipeError(
                     f"stages.{name}.sequence_length is {phase.sequence_length}, but the model's context is "
@@ -126,6 +135,10 @@ class Recipe(_Settings):
             return ModelConfig.from_dict(values)
         except ConfigError as problem:
             raise RecipeError(f"stages.{phase}: {problem}") from None
+
+    def layout(self, phase: str) -> Layout:
+        """How a phase is laid over processes."""
+        return self.phases[phase].parallel or self.parallel
 
     def stage(self, name: str) -> dict[str, Phase]:
         """The phases of one stage; raises RecipeError if the recipe has none of that name."""

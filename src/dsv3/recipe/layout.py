@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dsv3.config import ModelConfig
 from dsv3.recipe.fields import RecipeError
 
 ScheduleName = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
@@ -80,3 +81,22 @@ class Layout:
         if self.pipeline == 1:
             return 1
         return self.pipeline * {"interleaved": self.chunks, "dualpipev": 2}.get(self.schedule, 1)
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise RecipeError if a model cannot be laid out so."""
+        experts = config.n_routed_experts
+        if self.expert > 1 and (experts is None or experts % self.expert):
+            raise RecipeError(
+                f"parallel.expert is {self.expert}: it must divide the model's {experts or 0} routed experts"
+            )
+        units = 2 + config.num_hidden_layers + config.num_nextn_predict_layers
+        if self.stages > units:
+            raise RecipeError(
+                f"parallel gives {self.stages} stages, but the model has {units} parts to cut between: use fewer"
+            )
+
+    def granule(self, microbatch: int) -> int:
+        """Sequences that a batch is a multiple of: every process has the same number of whole microbatches."""
+        if self.pipeline == 1:
+            return self.data
+        return self.data * microbatch * (2 if self.schedule == "dualpipe" else 1)

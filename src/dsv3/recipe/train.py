@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dsv3.recipe.fields import RecipeError, number
+from dsv3.recipe.layout import Layout
 
 Shape = Literal["constant", "linear", "cosine"]
 Precision = Literal["bf16", "fp8", "fp32"]
@@ -182,6 +183,8 @@ class Phase:
     """Forget the optimiser's moments of the phase before."""
     precision: Precision | None = None
     """Of the matrix products; by default the recipe's."""
+    parallel: Layout | None = None
+    """How it is laid over processes; by default the recipe's, and as many processes."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2 or self.microbatch < 1:
@@ -206,10 +209,12 @@ class Plan:
     lr: Curve
     mtp: Curve
     gamma: Curve
+    granule: int = 1
+    """Sequences of which a step has a whole number, so that every process has the same share."""
 
     def rows(self, tokens: float) -> int:
         """Sequences in the step that starts after so many tokens."""
-        return max(1, round(self.batch(tokens)))
+        return max(1, round(self.batch(tokens) / self.granule)) * self.granule
 
     def steps_left(self, tokens: int) -> int:
         """Steps from here to the end; exact where the batch is constant, by the mean batch on a ramp."""
@@ -219,7 +224,9 @@ class Plan:
         return math.ceil(left * sum(1 / r for r in rows) / samples / self.sequence_length - 1e-6)
 
 
-def plan(phase: Phase, tokens_per_epoch: int | None = None, scale: float = 1.0) -> Plan:
+def plan(
+    phase: Phase, tokens_per_epoch: int | None = None, scale: float = 1.0, granule: int = 1
+) -> Plan:
     """Turn steps and epochs into tokens. `scale` shortens or lengthens the phase, its schedules with it.
 
     Raises RecipeError where epochs are asked for and `tokens_per_epoch` is not known.
@@ -249,7 +256,8 @@ def plan(phase: Phase, tokens_per_epoch: int | None = None, scale: float = 1.0) 
     def curve(schedule: Schedule) -> Curve:
         return Curve(schedule.in_tokens(lambda count: of(count) * scale), total)
 
-    return Plan(round(total), row, curve(batch), curve(phase.lr), curve(phase.mtp), curve(phase.gamma))
+    curves = (curve(s) for s in (batch, phase.lr, phase.mtp, phase.gamma))
+    return Plan(round(total), row, *curves, granule=granule)
 
 
 def _batch_piece(piece: Piece, sequence_length: int) -> Piece:
