@@ -120,7 +120,7 @@ def compare(size: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkpoint"
         source = DeepseekV3(config)
-        source.init_weights(generator)
+        source.init_weights()
         source.save_pretrained(folder)
         parameters = sum(p.numel() for p in source.parameters())
         del source

@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkpoint"
         model = DeepseekV3(config)
-        model.init_weights(torch.Generator().manual_seed(0))
+        model.init_weights()
         report["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         model.to(torch.bfloat16).save_pretrained(folder)
         del model

@@ -296,7 +296,7 @@ def test_what_fp8_costs_where_the_layers_decide(tmp_path: Path) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     model = DeepseekV3(PRESETS["nano"]).eval().requires_grad_(False)
-    model.init_weights(generator)
+    model.init_weights()
     model.embed_tokens.weight.normal_(0, 0.15, generator=generator)
     for name, bias in model.named_buffers():
         assert name.endswith("e_score_correction_bias")

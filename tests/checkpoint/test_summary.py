@@ -52,7 +52,7 @@ def test_every_parameter_of_the_model_is_counted_once(config) -> None:  # type: 
 def test_active_parameters_are_those_that_a_token_touches(config) -> None:  # type: ignore[no-untyped-def]
     """Run one token: the routed experts whose weights get a gradient are the chosen ones, in each layer."""
     model = Transformer(config.replace(num_nextn_predict_layers=0))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights()
     model(torch.tensor([[3]])).logits.sum().backward()
     touched = 0
     for name, parameter in model.named_parameters():

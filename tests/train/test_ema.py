@@ -59,7 +59,8 @@ def test_a_loaded_average_goes_on_to_the_bit(tmp_path: Path) -> None:
 
     resumed_masters = weights(100)
     resumed = Ema(resumed_masters, 0.9)
-    resumed.load_state(load_file(tmp_path / "ema.safetensors"))
+    for name, average in load_file(tmp_path / "ema.safetensors").items():
+        resumed.state()[name].copy_(average)
     run(resumed_masters, resumed, range(4, 7))
     for name, average in whole.state().items():
         assert torch.equal(resumed.state()[name], average)

@@ -149,14 +149,15 @@ def test_a_stage_goes_on_from_a_file(tmp_path: Path) -> None:
     other = small(torch.bfloat16)
     resumed = MasterAdamW(other)
     step(other, resumed, 99)  # what it held before is forgotten
-    resumed.load_state(load_file(tmp_path / "state.safetensors"))
+    for name, saved in load_file(tmp_path / "state.safetensors").items():
+        resumed.state()[name].copy_(saved)
+    resumed.steps = optimizer.steps
+    resumed.write_weights()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     for number in range(3, 6):
         assert step(model, optimizer, number) == step(other, resumed, number)
     one, two = optimizer.state(), resumed.state()
-    assert one.keys() == two.keys() and len(one) == 3 * 6 + 1, (
-        "a master and two moments per parameter, and a count"
-    )
+    assert one.keys() == two.keys() and len(one) == 3 * 6, "a master and two moments per parameter"
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -165,8 +166,7 @@ def test_a_new_stage_starts_with_fresh_moments() -> None:
     optimizer = MasterAdamW(model)
     for number in range(3):
         step(model, optimizer, number)
-    start = {f"master.{name}": p.detach().clone() for name, p in fresh.named_parameters()}
-    optimizer.load_masters(start)
+    optimizer.begin_from({name: p.detach().clone() for name, p in fresh.named_parameters()})
     step(model, optimizer, 7)
     step(fresh, MasterAdamW(fresh), 7)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))

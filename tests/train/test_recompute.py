@@ -31,7 +31,7 @@ CONFIGS = {
 
 def model(config: ModelConfig, dtype: torch.dtype, in_fp8: bool, again: bool) -> Transformer:
     m = Transformer(config)
-    m.init_weights(torch.Generator().manual_seed(0))
+    m.init_weights()
     m.to(dtype)
     if in_fp8:
         apply_fp8(m)

@@ -25,6 +25,7 @@ from dsv3.train.loop import backward, train
 from dsv3.train.metrics import MetricsLog, read_metrics
 from dsv3.train.run import Run
 from dsv3.train.stages import Options, make_run, run_recipe
+from dsv3.train.state import latest
 from tests.train.small_data import write_data, write_recipe
 
 
@@ -38,7 +39,10 @@ def recipe(folder: Path, **stages: Any) -> Recipe:
 
 
 def state_of(out: Path, phase: str) -> dict[str, torch.Tensor]:
-    return load_file(out / phase / "state.safetensors")
+    state = latest(out / phase)
+    assert state is not None
+    (shard,) = state.glob("*.safetensors")
+    return load_file(shard)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -101,7 +105,7 @@ def test_a_stage_wants_the_one_before(data: Path, tmp_path: Path) -> None:
     half = make_run(recipe(tmp_path), "extend-2", tmp_path / "run")
     half.folder.mkdir(parents=True)
     half.position.planned = 100
-    half.save()
+    half.save(wait=True)
     with pytest.raises(UserError, match="extend-2 is at 0 of 100 tokens"):
         run_recipe(recipe(tmp_path), data, tmp_path / "run", "sft")
     with pytest.raises(UserError, match="being trained by another process"), stages._locked(tmp_path / "run"):
@@ -153,7 +157,7 @@ def test_stopped_anywhere_and_gone_on_ends_in_the_same_bits(
         for stop in [*stops, schedule.tokens]:
             here = make_run(r, stage, tmp_path / name)
             here.folder.mkdir(parents=True, exist_ok=True)
-            if here.checkpoint.exists():
+            if here.saved():
                 here.resume()
             part = dataclasses.replace(plan(r.phases[stage]), tokens=stop)
             with MetricsLog(here.folder, here.position.step) as log:
@@ -215,9 +219,11 @@ def test_killed_and_gone_on_ends_in_the_same_bits(data: Path, tmp_path: Path) ->
 def test_a_broken_state_is_named(data: Path, tmp_path: Path) -> None:
     r = recipe(tmp_path, pretrain={"tokens": "2 steps"}, extend=None, sft=None)
     run_recipe(r, data, tmp_path / "run")
-    state = tmp_path / "run" / "pretrain" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"state.safetensors is broken .*remove it"):
+    state = latest(tmp_path / "run" / "pretrain")
+    assert state is not None
+    (shard,) = state.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"state-00000002 is broken .*remove it"):
         run_recipe(r, data, tmp_path / "run")
 
 

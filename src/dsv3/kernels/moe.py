@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 from dsv3.kernels.native import call, trains, usable
 
 Linear = Callable[[Tensor, Tensor], Tensor]
+Grouped = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rows [rows, in] sorted by expert, matrices [experts, out, in], and where each expert's rows end [experts] int32."""
 
 _FEW = 64  # tokens up to which `_few_tokens` was at least as fast as `_loop` (32 experts, 4 chosen)
 
@@ -48,14 +50,16 @@ def routed_experts(
 
     x: [tokens, hidden]; indices: [tokens, chosen] int64; weights: [tokens, chosen]; gate_up:
     [experts, 2 * width, hidden]; down: [experts, hidden, width]; linear: what multiplies one expert's rows
-    [rows, in] with a matrix [out, in], by default `F.linear`. Returns [tokens, hidden] in x's dtype.
+    [rows, in] with a matrix [out, in], by default `F.linear`; its attribute `grouped`, if it has one, does so for all
+    experts at once where `grouped_mm` would. Returns [tokens, hidden] in x's dtype.
     """
-    if linear is not None and x.shape[0]:
-        return _loop(x, indices, weights, gate_up, down, linear)
     if not x.shape[0]:  # nothing to do, but whoever trains finds a gradient, zero, everywhere
         return F.linear(swiglu(F.linear(x, gate_up[0])), down[0]) * weights.sum()
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return _grouped(x, indices, weights, gate_up, down)
+    grouped: Grouped | None = _grouped_mm if linear is None else getattr(linear, "grouped", None)
+    if grouped is not None and x.is_cuda and x.dtype == torch.bfloat16:
+        return _grouped(x, indices, weights, gate_up, down, grouped)
+    if linear is not None:
+        return _loop(x, indices, weights, gate_up, down, linear)
     if x.shape[0] <= _FEW and not torch.is_grad_enabled():
         way = _one_token if x.shape[0] == 1 else _few_tokens
         return way(x, indices, weights, gate_up, down)
@@ -115,12 +119,22 @@ def _padded(count: int) -> int:
     return -(-count // step) * step
 
 
-def _grouped(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+
+
+def _grouped(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    product: Grouped = _grouped_mm,
+) -> Tensor:
     order, counts = _by_expert(indices, gate_up.shape[0])
     ends = counts.cumsum(0).to(torch.int32)
     rows = x[order // indices.shape[1]]
-    hidden = swiglu(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
-    out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+    out = product(swiglu(product(rows, gate_up, ends)), down, ends)
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
     return _weighted(out[back], weights)
 

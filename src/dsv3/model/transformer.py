@@ -13,6 +13,7 @@ the report leaves open.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from dsv3.model import fused
 from dsv3.model.attention import LatentAttention
 from dsv3.model.flat import FlatBatch
 from dsv3.model.layers import FeedForward, RMSNorm
-from dsv3.model.moe import Experts, Gate, MoE, Routing
+from dsv3.model.moe import Experts, MoE, Routing
 from dsv3.model.rope import Rope
 
 
@@ -120,20 +121,33 @@ class Transformer(nn.Module):
         )
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal(0, `initializer_range`) for every matrix (report, section 4.2); norms one, biases zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | Gate):
-                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
-                if isinstance(module, Gate) and module.e_score_correction_bias is not None:
-                    module.e_score_correction_bias.zero_()
-            elif isinstance(module, Experts):
-                module.gate_up_proj.normal_(0.0, self.config.initializer_range, generator=generator)
-                module.down_proj.normal_(0.0, self.config.initializer_range, generator=generator)
+    def init_weights(self, seed: int = 0, first_expert: int = 0) -> None:
+        """Normal(0, `initializer_range`) for every matrix (report, section 4.2); norms one, biases zero.
+
+        Each matrix, and each expert of a stack, has random numbers of its own, by seed and name: a process that holds
+        a part of the model gives it the same ones. first_expert: number of the first one in the stacks here.
+        """
+
+        def draw(matrix: Tensor, name: str) -> None:
+            digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            matrix.copy_(
+                torch.empty(matrix.shape).normal_(0.0, self.config.initializer_range, generator=generator)
+            )
+
+        for name, parameter in self.named_parameters():
+            module = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, Experts):
+                for i, matrix in enumerate(parameter, start=first_expert):
+                    draw(matrix, f"{name} {i}")
             elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                draw(parameter, name)
+        for buffer in self.buffers():  # correction biases
+            buffer.zero_()
 
     def forward(
         self,

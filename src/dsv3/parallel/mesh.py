@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from dsv3.errors import UserError
 from dsv3.planner.pipeline import held
 from dsv3.recipe.layout import Layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,36 @@ class Mesh:
         )
         flat = [f for f in range(width) if not experts or f % layout.expert == self.expert]
         return tuple(p * width + f for p in devices for f in flat)
+
+
+# What one does for all ----------------------------------------------------------------------------------
+
+_patient: ProcessGroup | None = None  # for waiting longer than a collective may take
+
+
+def leads() -> bool:
+    """Whether this process speaks for all: it is the first, or there is no other."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_lead(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, in all of them; a UserError there is one everywhere.
+
+    All processes call this, and wait as long as it takes.
+    """
+    global _patient
+    if not dist.is_initialized():
+        return work()
+    if _patient is None:
+        _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    said: list[T | UserError | None] = [None]
+    if leads():
+        try:
+            said = [work()]
+        except UserError as problem:
+            said = [problem]
+    dist.broadcast_object_list(said, src=0, group=_patient)
+    (result,) = said
+    if isinstance(result, UserError):
+        raise result
+    return result  # type: ignore[return-value]

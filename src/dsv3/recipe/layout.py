@@ -58,6 +58,8 @@ class Layout:
             raise RecipeError(f"nodes is {self.nodes}: it must divide expert = {self.expert}")
         if self.chunks > 1 and self.schedule != "interleaved":
             raise RecipeError(f"chunks is {self.chunks}: only the interleaved schedule has several")
+        if self.schedule == "interleaved" and self.chunks == 1 and self.pipeline > 1:
+            raise RecipeError("chunks is 1: the interleaved schedule needs at least 2, or take 1f1b")
         if self.schedule == "dualpipe" and self.pipeline % 2 and self.pipeline > 1:
             raise RecipeError(f"pipeline is {self.pipeline}: dualpipe needs an even number of devices")
         if self.sharding == "fsdp" and self.pipeline > 1:

@@ -44,16 +44,16 @@ class Ema:
         self._pending = self._thread.submit(self._receive, copied)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages as flat named tensors, for a safetensors file."""
+        """The averages by name, to be written, or read into."""
         self._settle()
         return {f"ema.{name}": average for name, average in self.averages.items()}
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
+    def begin(self) -> None:
+        """Begin anew from the masters as they are."""
         self._settle()
         for name, average in self.averages.items():
-            average.copy_(tensors[f"ema.{name}"])
+            average.copy_(self.masters[name])
 
     def _average(self, masters: list[Tensor]) -> None:
         torch._foreach_lerp_(list(self.averages.values()), masters, 1 - self.decay)

@@ -23,7 +23,8 @@ bfloat16. Three inputs are special (3.3.3):
 
 `apply_fp8` changes a model from outside, layer by layer. Parameters, their names and the float32 masters in
 the optimiser stay what they were. Weights are quantised where they are used, in each pass, from the model's
-bfloat16: that costs little beside the product, and leaves no second copy for each microbatch in flight.
+bfloat16: that costs little beside the product, and leaves no second copy for each microbatch in flight. Wgrad can be
+put off, for pipelines that fill gaps with it (`dsv3.parallel.deferred`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from dsv3.kernels.moe import Linear, swiglu
 from dsv3.model.attention import LatentAttention
 from dsv3.model.layers import FeedForward
 from dsv3.model.moe import Experts
+from dsv3.parallel.deferred import later
 from dsv3.quant import dequantize_e5m6, dequantize_tiles, quantize_blocks, quantize_e5m6, quantize_tiles
 
 Tiles = tuple[Tensor, Tensor]
@@ -125,18 +127,23 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, after_attention: bool) -> Tensor:
         tiles = quantize_tiles(x, after_attention)
         ctx.after_attention = after_attention
-        ctx.save_for_backward(*(quantize_e5m6(x) if after_attention else tiles), weight)
+        ctx.save_for_backward(*(quantize_e5m6(x) if after_attention else tiles))
+        ctx.weight = weight
         return _fprop(tiles, weight, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        kept, scale, weight = ctx.saved_tensors
-        if ctx.after_attention:
-            x = dequantize_e5m6(kept, scale, weight.shape[1])
-        else:
-            x = dequantize_tiles(kept, scale)
-        return _dgrad(grad, weight), _wgrad(grad, x, weight.dtype, ctx.after_attention), None
+        (kept, scale), weight, after_attention = ctx.saved_tensors, ctx.weight, ctx.after_attention
+
+        def wgrad() -> Tensor:
+            if after_attention:
+                x = dequantize_e5m6(kept, scale, weight.shape[1])
+            else:
+                x = dequantize_tiles(kept, scale)
+            return _wgrad(grad, x, weight.dtype, after_attention)
+
+        return _dgrad(grad, weight), later(weight, wgrad), None
 
 
 class _ExpertLinear:
@@ -176,21 +183,27 @@ class _Fp8Expert(torch.autograd.Function):
         power_of_two: bool,
     ) -> Tensor:
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(tiles, scale, gate_up, *quantize_tiles(hidden), down)
-            ctx.power_of_two = power_of_two
+            ctx.save_for_backward(tiles, scale, *quantize_tiles(hidden))
+            ctx.matrices, ctx.power_of_two = (gate_up, down), power_of_two
         return _fprop(quantize_tiles(activated), down, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        power = ctx.power_of_two
-        tiles, scale, gate_up, hidden, hidden_scale, down = ctx.saved_tensors
+        (gate_up, down), power = ctx.matrices, ctx.power_of_two
+        tiles, scale, hidden, hidden_scale = ctx.saved_tensors
         with torch.enable_grad():
             hidden = dequantize_tiles(hidden, hidden_scale, grad.dtype).requires_grad_()
             activated = swiglu(hidden)
         grad_activated = _dgrad(grad, down, power)
-        grad_down = _wgrad(grad, activated.detach(), down.dtype, x_power=False, grad_power=power)
         (grad_hidden,) = torch.autograd.grad(activated, hidden, grad_activated)
-        grad_x = _dgrad(grad_hidden, gate_up)
-        grad_gate_up = _wgrad(grad_hidden, dequantize_tiles(tiles, scale), gate_up.dtype, x_power=power)
+        grad_x, read = _dgrad(grad_hidden, gate_up), activated.detach()
+
+        def wgrad_down() -> Tensor:
+            return _wgrad(grad, read, down.dtype, x_power=False, grad_power=power)
+
+        def wgrad_gate_up() -> Tensor:
+            return _wgrad(grad_hidden, dequantize_tiles(tiles, scale), gate_up.dtype, x_power=power)
+
+        grad_gate_up, grad_down = later(gate_up, wgrad_gate_up), later(down, wgrad_down)
         return grad_x, grad_gate_up, None, None, None, None, grad_down, None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv3.data.stream import Batch, ChatStream, TokenStream
 from dsv3.errors import UserError
 from dsv3.recipe.train import Plan
-from dsv3.train.loss import Targets, objective, update_biases
+from dsv3.train.loss import Losses, Targets, objective, update_biases
 from dsv3.train.metrics import MetricsLog, Progress, StepMetrics
 from dsv3.train.run import Run
 
@@ -62,28 +62,59 @@ def microbatches(batch: Batch, rows: int, device: torch.device) -> Iterator[Batc
 
 
 def backward(run: Run, batch: Batch, rows: int, mtp_weight: float) -> StepLosses:
-    """Add the gradients of a whole batch to the optimiser's, `rows` sequences at a time."""
-    whole = Targets.of(batch, len(run.model.mtp) if mtp_weight else 0)
-    result = StepLosses(mtp=0.0 if mtp_weight and len(run.model.mtp) else None)
-    for part in microbatches(batch, rows, run.model.lm_head.weight.device):
-        losses = objective(run.model, part, mtp_weight, whole)
-        losses.total.backward()
-        run.optimizer.accumulate()
-        result.main += 0.0 if losses.main is None else float(losses.main)
-        result.balance += float(losses.balance)
-        if result.mtp is not None and losses.mtp is not None:
-            result.mtp += float(losses.mtp)
-        for layer, load in losses.loads.items():
-            result.loads[layer] = result.loads.get(layer, 0) + load
-        result.choices += losses.choices
-    return result
+    """Add the gradients of a batch to the optimiser's, `rows` sequences at a time.
+
+    On several processes `batch` is this one's share of the rows; what is returned is of all together.
+    """
+    team, config = run.team, run.model.config
+    modules = config.num_nextn_predict_layers if mtp_weight else 0
+    whole = Targets.of(batch, modules)
+    if team is not None:
+        whole = Targets(*team.counted(whole.rows, whole.counted))
+    parts = list(microbatches(batch, rows, run.device))
+    done: list[Losses] = []
+
+    def forward(stage: int, microbatch: int, hidden: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        span, places = (None, None) if team is None else (team.spans[stage], team.places)
+        losses = objective(run.model, parts[microbatch], mtp_weight, whole, span, hidden, places)
+        done.append(replace(losses, total=losses.total.detach(), hidden=None))
+        return losses.hidden, losses.total
+
+    if team is not None and team.layout.pipeline > 1:
+        shape = parts[0].tokens.shape[0], parts[0].tokens.shape[1] - 1
+        team.pipeline(*shape, run.dtype).run(len(parts), forward, run.optimizer.accumulate)
+    else:
+        for microbatch in range(len(parts)):
+            forward(0, microbatch, None)[1].backward()
+            run.optimizer.accumulate()
+    return _summed(run, done, modules > 0)
+
+
+def _summed(run: Run, parts: Sequence[Losses], mtp: bool) -> StepLosses:
+    """The losses and loads of a step, of all microbatches, stages and processes."""
+    config = run.model.config
+    last = config.num_hidden_layers + config.num_nextn_predict_layers
+    layers = [layer for layer in range(last) if config.is_moe_layer(layer)]
+    losses = torch.zeros(3, dtype=torch.float64, device=run.device)
+    counts = torch.zeros(len(layers) + 1, config.n_routed_experts or 1, dtype=torch.int64, device=run.device)
+    for part in parts:
+        for i, loss in enumerate((part.main, part.mtp, part.balance)):
+            losses[i] += 0.0 if loss is None else loss
+        for layer, load in part.loads.items():
+            counts[layers.index(layer)] += load
+        counts[-1, 0] += part.choices
+    if run.team is not None:
+        run.team.sum(losses, counts)
+    main, ahead, balance = losses.tolist()
+    loads = {layer: load for layer, load in zip(layers, counts, strict=False) if int(load.sum())}
+    return StepLosses(main, ahead if mtp else None, balance, loads, int(counts[-1, 0]))
 
 
 def train(
     run: Run,
     plan: Plan,
     stream: Stream,
-    log: MetricsLog,
+    log: MetricsLog | None,
     microbatch: int,
     clip: float = 1.0,
     save_every: float = 240.0,
@@ -91,7 +122,8 @@ def train(
 ) -> None:
     """Run a phase from where it stands to its end, and save it.
 
-    save_every: seconds between saves. Raises UserError when the loss or the gradient is no number.
+    log: None for a process that does not speak for all. save_every: seconds between saves. Raises UserError when the
+    loss or the gradient is no number.
     """
     position = run.position
     position.planned = plan.tokens
@@ -101,12 +133,14 @@ def train(
     with closing(Progress(plan.tokens)) as shown:
         while not position.done:
             metrics = take_step(run, plan, stream, microbatch, clip, flops_share)
-            log.write(metrics)
-            shown.show(metrics, position.step + plan.steps_left(position.tokens))
-            if time.monotonic() - last_save > save_every:
+            if log is not None:
+                log.write(metrics)
+                shown.show(metrics, position.step + plan.steps_left(position.tokens))
+            due = time.monotonic() - last_save > save_every
+            if due if run.team is None else run.team.first_says(due):
                 save(run, stream)
                 last_save = time.monotonic()
-    save(run, stream)
+    save(run, stream, wait=True)
 
 
 def take_step(
@@ -116,7 +150,8 @@ def take_step(
     started, position = time.monotonic(), run.position
     at, rows = position.tokens, plan.rows(position.tokens)
     lr, mtp_weight, gamma = plan.lr(at), plan.mtp(at), plan.gamma(at)
-    losses = backward(run, stream.next(rows), microbatch, mtp_weight)
+    mine = slice(None) if run.team is None else run.team.rows(rows)
+    losses = backward(run, stream.next(rows, mine), microbatch, mtp_weight)
     norm = run.optimizer.step(lr, clip) if math.isfinite(losses.main) else math.nan
     if not math.isfinite(norm):
         raise UserError(
@@ -154,7 +189,7 @@ def take_step(
 
 
 @torch.no_grad()
-def save(run: Run, stream: Stream) -> None:
-    """Save the run with the data's place."""
+def save(run: Run, stream: Stream, wait: bool = False) -> None:
+    """Save the run with the data's place; `wait` until it is on the disk."""
     run.position.stream = stream.state()
-    run.save()
+    run.save(wait)

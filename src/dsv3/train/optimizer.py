@@ -8,17 +8,27 @@ each step renews a tenth of the first and a twentieth of the second, far more th
 Masters, gradients and moments each lie in one flat tensor, of which the named ones are views: the norm is
 one reduction, and the update walks over pieces that stay in a CPU's cache from the first to the last of its
 dozen operations. (torch's own AdamW keeps moments in the dtype of what it updates.)
+
+Where a parameter lies on several processes, they share the work (ZeRO-1, as in the report, section 3.2): the parameters
+that the same processes hold are one flat tensor, cut into as many shares as there are of them. Gradients, each
+process's own in float32, are added up so that each gets the sum of its share; it keeps masters and moments of that
+alone, steps there, and gives the others the new weights, rounded. As losses are divided by the whole batch, sums are
+all that is needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from dsv3.kernels.native import call, usable
+from dsv3.parallel.sharding import Held, make_groups
 
 _PIECE = 1 << 17  # numbers updated at once: five float32 arrays of them are 2.5 MB
 _KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -37,39 +47,64 @@ class MasterAdamW:
         weight_decay: float = 0.1,
         eps: float = 1e-8,
         moments: torch.dtype = torch.bfloat16,
+        held: Mapping[str, Held] | None = None,
+        share: bool = True,
     ) -> None:
-        named = sorted(model.named_parameters(), key=lambda pair: pair[1].dim() <= 1)  # matrices first
+        """held: who else holds each parameter, by default nobody (`dsv3.parallel.sharding.holdings`); all processes
+        then make their optimisers at the same time. share: cut masters and moments into shares.
+        """
         self.betas, self.weight_decay, self.eps = betas, weight_decay, eps
-        self.weights: list[Tensor] = [p for _, p in named]
         self.steps = 0
-        size = sum(p.numel() for p in self.weights)
-        self._decayed = sum(p.numel() for p in self.weights if p.dim() > 1)
-        device = self.weights[0].device
-        self._flat = {
-            kind: torch.zeros(
-                size, dtype=torch.float32 if kind in ("master", "grad") else moments, device=device
+        named = dict(model.named_parameters())
+        owners = {name: (0,) if held is None else held[name].ranks for name in named}
+        groups = {} if held is None else make_groups(r for r in owners.values() if len(r) > 1)
+        self._buckets = [
+            _Bucket(
+                {n: p for n, p in named.items() if owners[n] == ranks},
+                ranks,
+                groups.get(ranks),
+                moments,
+                share,
             )
-            for kind in (*_KINDS, "grad")
-        }
-        shapes = {name: p.shape for name, p in named}
-        self._views = {kind: _views(flat, shapes) for kind, flat in self._flat.items()}
-        self.masters = self._views["master"]
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.masters.values()), self.weights)
+            for ranks in sorted(set(owners.values()))
+        ]
+        self._alone = held is None
+        self.masters: dict[str, Tensor] = {}
+        """Float32 weights by name; of those that are shared the part that is here, flat."""
+        self.starts: dict[str, int] = {}
+        """Where in the flattened parameter, as this process's model has it, each of these parts begins."""
+        for bucket in self._buckets:
+            self.masters |= bucket.views["master"]
+            self.starts |= bucket.starts
+            bucket.take_weights()
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the model's gradients to the float32 ones and drop them from the model."""
-        pairs = zip(self._views["grad"].values(), self.weights, strict=True)
-        for total, weight in pairs:
-            if weight.grad is not None:
-                total += weight.grad
-                weight.grad = None
+        for bucket in self._buckets:
+            for total, weight in zip(bucket.grads, bucket.weights, strict=True):
+                if weight.grad is not None:
+                    total += weight.grad
+                    weight.grad = None
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Add up the gradients of all processes. Done by `step`; once in between, to look at them."""
+        for bucket in self._buckets:
+            bucket.reduce()
+        for bucket in self._buckets:
+            bucket.wait()
 
     @torch.no_grad()
     def norm(self) -> float:
-        """The norm of all gradients."""
-        return float(torch.linalg.vector_norm(self._flat["grad"]))
+        """The norm of all gradients, of all processes when they are added up."""
+        if self._alone:
+            (bucket,) = self._buckets
+            return float(torch.linalg.vector_norm(bucket.grad))
+        total = sum(torch.linalg.vector_norm(b.grad).double() ** 2 / b.copies for b in self._buckets)
+        assert isinstance(total, Tensor)
+        dist.all_reduce(total)
+        return math.sqrt(total.item())
 
     @torch.no_grad()
     def step(self, lr: float, clip: float = 1.0) -> float:
@@ -77,18 +112,23 @@ class MasterAdamW:
 
         Where the norm is not finite nothing is updated, and the gradients stay for whoever looks into it.
         """
+        self.reduce()
         norm = self.norm()
         if not math.isfinite(norm):
             return norm
         self.steps += 1
         shrink = min(1.0, clip / (norm + 1e-6))
-        piece = _PIECE if self._flat["master"].is_cpu else self._flat["master"].numel()
-        for part, decay in ((slice(0, self._decayed), self.weight_decay), (slice(self._decayed, None), 0.0)):
-            pieces = (self._flat[kind][part].split(piece) for kind in (*_KINDS, "grad"))
-            for master, exp_avg, exp_avg_sq, grad in zip(*pieces, strict=True):
-                self._update(master, exp_avg, exp_avg_sq, grad.mul_(shrink), lr, decay)
-        self._flat["grad"].zero_()
-        torch._foreach_copy_(self.weights, list(self.masters.values()))
+        for bucket in self._buckets:
+            piece = _PIECE if bucket.grad.is_cpu else max(1, bucket.grad.numel())
+            parts = (slice(0, bucket.decayed), self.weight_decay), (slice(bucket.decayed, None), 0.0)
+            for part, decay in parts:
+                pieces = (t[part].split(piece) for t in (*bucket.state.values(), bucket.grad))
+                for master, exp_avg, exp_avg_sq, grad in zip(*pieces, strict=True):
+                    if grad.numel():
+                        self._update(master, exp_avg, exp_avg_sq, grad.mul_(shrink), lr, decay)
+            bucket.give_weights()
+        for bucket in self._buckets:
+            bucket.wait()
         return norm
 
     def _update(
@@ -120,30 +160,130 @@ class MasterAdamW:
         master.mul_(keep).addcdiv_(first, second.sqrt().mul_(root).add_(self.eps), value=-rate)
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments as flat named tensors, for a safetensors file."""
-        tensors = {f"{kind}.{name}": t for kind in _KINDS for name, t in self._views[kind].items()}
-        return tensors | {"steps": torch.tensor(self.steps)}
+        """Masters and moments as named tensors; of those that are shared the parts that are here, flat."""
+        return {
+            f"{kind}.{name}": t
+            for bucket in self._buckets
+            for kind in _KINDS
+            for name, t in bucket.views[kind].items()
+        }
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`; the model's weights are set from the masters."""
-        self.load_masters(tensors)
-        self.steps = int(tensors["steps"])
-        for kind in _KINDS[1:]:
-            for name, moment in self._views[kind].items():
-                moment.copy_(tensors[f"{kind}.{name}"])
-
-    @torch.no_grad()
-    def load_masters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start a new stage from the weights of another, with fresh moments."""
+    def begin_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin anew from these weights, by name, as this process's model has them: with fresh moments."""
         self.steps = 0
-        for kind in _KINDS[1:]:
-            self._flat[kind].zero_()
+        for bucket in self._buckets:
+            for kind in _KINDS[1:]:
+                bucket.state[kind].zero_()
         for name, master in self.masters.items():
-            master.copy_(tensors[f"master.{name}"])
-        torch._foreach_copy_(self.weights, list(self.masters.values()))
+            start = self.starts[name]
+            master.copy_(weights[name].flatten()[start : start + master.numel()].view_as(master))
+        self.write_weights()
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """Set the model's weights from the masters, after those were changed."""
+        for bucket in self._buckets:
+            bucket.give_weights()
+        for bucket in self._buckets:
+            bucket.wait()
 
 
-def _views(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    pieces = flat.split([shape.numel() for shape in shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+class _Bucket:
+    """The parameters that the same processes hold: in one flat tensor, and this process's share of it."""
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        ranks: tuple[int, ...],
+        group: ProcessGroup | None,
+        moments: torch.dtype,
+        share: bool,
+    ) -> None:
+        ordered = sorted(named.items(), key=lambda pair: pair[1].dim() <= 1)  # matrices first
+        self.weights: list[Tensor] = [p for _, p in ordered]
+        self.group = group
+        members = len(ranks) if share else 1
+        self.copies = len(ranks) // members
+        """Processes that have the same share."""
+        size = sum(p.numel() for p in self.weights)
+        each = -(-size // members)
+        place = ranks.index(dist.get_rank()) if members > 1 else 0
+        self.begin, self.end = place * each, (place + 1) * each
+        device = self.weights[0].device
+        self._all = torch.zeros(each * members, device=device)  # this process's gradients
+        self.grads = [
+            t.view(p.shape)
+            for t, p in zip(self._all[:size].split(_sizes(self.weights)), self.weights, strict=True)
+        ]
+        self.grad = self._all if members == 1 else torch.zeros(each, device=device)
+        """Gradients of the share, added up after `reduce`."""
+        dtypes = {"master": torch.float32, "exp_avg": moments, "exp_avg_sq": moments}
+        self.state = {kind: torch.zeros(each, dtype=dtype, device=device) for kind, dtype in dtypes.items()}
+        matrices = sum(p.numel() for p in self.weights if p.dim() > 1)
+        self.decayed = min(max(matrices - self.begin, 0), each)
+        self.starts: dict[str, int] = {}
+        self.views: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        at = 0
+        for name, p in ordered:
+            first, last = max(at, self.begin), min(at + p.numel(), self.end)
+            if first < last:
+                self.starts[name] = first - at
+                for kind in _KINDS:
+                    part = self.state[kind][first - self.begin : last - self.begin]
+                    self.views[kind][name] = part.view(p.shape) if part.numel() == p.numel() else part
+            at += p.numel()
+        self._work: list[Any] = []
+        self._gathered: Tensor | None = None
+
+    @torch.no_grad()
+    def take_weights(self) -> None:
+        """Set the masters from the model's weights."""
+        at = 0
+        for weight in self.weights:
+            first, last = max(at, self.begin), min(at + weight.numel(), self.end)
+            if first < last:
+                part = weight.detach().flatten()[first - at : last - at]
+                self.state["master"][first - self.begin : last - self.begin] = part
+            at += weight.numel()
+
+    def reduce(self) -> None:
+        """Begin to add up the gradients."""
+        if self.group is None:
+            return
+        if self.grad is self._all:
+            self._work.append(dist.all_reduce(self._all, group=self.group, async_op=True))
+        else:
+            work = dist.reduce_scatter_tensor(self.grad, self._all, group=self.group, async_op=True)
+            self._work.append(work)
+
+    def give_weights(self) -> None:
+        """Begin to set the model's weights from the masters, everyone's shares; gradients are zero again."""
+        self._all.zero_()
+        if self.group is None or self.grad is self._all:
+            sizes = _sizes(self.weights)
+            parts = self.state["master"][: sum(sizes)].split(sizes)
+            torch._foreach_copy_(
+                self.weights, [t.view(w.shape) for t, w in zip(parts, self.weights, strict=True)]
+            )
+            return
+        mine = self.state["master"].to(self.weights[0].dtype)
+        self._gathered = mine.new_empty(self._all.numel())
+        self._work.append(dist.all_gather_into_tensor(self._gathered, mine, group=self.group, async_op=True))
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Until what was begun is done."""
+        while self._work:
+            self._work.pop().wait()
+        if self._gathered is not None:
+            sizes = _sizes(self.weights)
+            parts = self._gathered[: sum(sizes)].split(sizes)
+            torch._foreach_copy_(
+                self.weights, [t.view(w.shape) for t, w in zip(parts, self.weights, strict=True)]
+            )
+            self._gathered = None
+
+
+def _sizes(tensors: list[Tensor]) -> list[int]:
+    return [t.numel() for t in tensors]

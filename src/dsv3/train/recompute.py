@@ -40,10 +40,10 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+import dsv3.kernels.fp8  # noqa: F401  (makes the operator that is named below)
 from dsv3.model.attention import LatentAttention
 from dsv3.model.moe import Gate
 from dsv3.model.transformer import Block
-from dsv3.train.fp8 import Fp8Linear
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -115,8 +115,8 @@ class RecomputedAttention(LatentAttention):
 
     def enter(self, linear: nn.Module, args: Any) -> None:
         # A recomputation ends when the last kept tensor is there. torch's linear keeps its input before it
-        # multiplies, so the last product, o_proj's, is never done again; the FP8 linear keeps it afterwards.
-        self.keeping = linear is not self.o_proj or isinstance(linear, Fp8Linear)
+        # multiplies, so the last product, o_proj's, is never done again; other linear layers keep it afterwards.
+        self.keeping = linear is not self.o_proj or type(linear) is not nn.Linear
 
     def leave(self, linear: nn.Module, args: Any, out: Tensor) -> None:
         self.keeping = False

@@ -2,60 +2,45 @@
 
     RUN/recipe.json                what is being trained; another recipe is refused
     RUN/data/                      tokens, if the recipe's data was built here
-    RUN/PHASE/state.safetensors    masters, moments, biases, moving average, and where the data stands
+    RUN/PHASE/state-*/             masters, moments, biases, moving average, and where the data stands
     RUN/PHASE/metrics.jsonl        a line per step
     RUN/PHASE/heldout.json, plots/ what came of it
     RUN/model/                     the checkpoint at the end
 
-The state is one file that appears whole or not at all, so a run that is killed at any moment goes on from its last
-save, and on a CPU ends in the same bits.
+A state appears whole or not at all (`dsv3.train.state`), so a run that is killed at any moment goes on from its last
+save, and on a CPU ends in the same bits. Among several processes each has its part of the model, and of the state; all
+of them save and load at the same time.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.checkpoint import DeepseekV3
+from dsv3.checkpoint.names import table
+from dsv3.checkpoint.reader import open_checkpoint
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
-from dsv3.model import Transformer
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.sharding import build, holdings
+from dsv3.quant.fp8 import dequantize_blocks
 from dsv3.recipe import OptimizerRecipe
 from dsv3.train.ema import Ema
 from dsv3.train.optimizer import MasterAdamW
+from dsv3.train.state import Piece, Position, Saver, latest, read_position, read_state
+from dsv3.train.team import Team
 
 MOMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@dataclass
-class Position:
-    """How far a phase is."""
-
-    step: int = 0
-    tokens: int = 0
-    planned: int = 0
-    """Tokens at which the phase ends."""
-    seconds: float = 0.0
-    stream: dict[str, Any] | None = None
-    """Where the data stands."""
-
-    @property
-    def done(self) -> bool:
-        return self.tokens >= self.planned
-
-
 class Run:
-    """A model in training."""
+    """A model in training, or this process's part of it."""
+
+    team: Team | None = None
+    """The other processes, if there are any."""
 
     def __init__(
         self,
@@ -65,139 +50,100 @@ class Run:
         seed: int = 0,
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
+        mesh: Mesh | None = None,
     ) -> None:
-        self.folder = folder
-        self.model = Transformer(config)
-        self.model.init_weights(torch.Generator().manual_seed(seed))
-        self.model.to(device=device, dtype=dtype)
+        self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
+        self.model = build(config, mesh, seed, dtype, self.device)
+        self.held = holdings(self.model, mesh)
         self.optimizer = MasterAdamW(
             self.model,
             betas=(optimizer.betas[0], optimizer.betas[1]),
             weight_decay=optimizer.weight_decay,
             eps=optimizer.eps,
             moments=MOMENTS[optimizer.moments],
+            held=None if mesh is None else self.held,
+            share=mesh is not None and mesh.layout.sharding != "none",
         )
         self.ema = None if optimizer.ema is None else Ema(self.optimizer.masters, optimizer.ema)
         self.position = Position()
+        self._saver = Saver(folder, mesh is not None)
 
-    @property
-    def checkpoint(self) -> Path:
-        return state_file(self.folder)
+    def saved(self) -> bool:
+        """Whether there is a state to go on from."""
+        return latest(self.folder) is not None
 
-    def save(self) -> None:
-        """Write the state, in one file that appears whole or not at all."""
-        tensors = {name: t.contiguous() for name, t in self.optimizer.state().items()}
-        tensors |= {f"buffer.{name}": b for name, b in self.model.named_buffers()}
-        if self.ema is not None:
-            tensors |= self.ema.state()
-        partial = self.checkpoint.with_suffix(f".{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata={"position": json.dumps(vars(self.position))})
-            os.replace(partial, self.checkpoint)
-        finally:
-            partial.unlink(missing_ok=True)
+    def save(self, wait: bool = False) -> None:
+        """Write the state, in the background unless asked to `wait`. All processes call this."""
+        self.position.updates = self.optimizer.steps
+        self._saver.save(self.tensors(), self.position)
+        if wait:
+            self._saver.wait()
 
     def resume(self) -> None:
         """Go on from this phase's own state."""
-        tensors, self.position = read_state(self.checkpoint)
-        self._check(tensors)
-        self.optimizer.load_state(tensors)
-        self._load_rest(tensors)
+        self.position = read_state(self.folder, self.tensors())
+        self.optimizer.steps = self.position.updates
+        self.optimizer.write_weights()
 
-    def follow(self, state: Path, fresh_moments: bool) -> None:
+    def follow(self, before: Path, fresh_moments: bool) -> None:
         """Start from the state in which the phase before ended. Raises UserError if it has not ended."""
-        tensors, position = read_state(state)
+        position = read_position(before)
         if not position.done:
             raise UserError(
-                f"{state.parent} is at {position.tokens:,} of {position.planned:,} tokens: train that stage to its "
-                "end first"
+                f"{before} is at {position.tokens:,} of {position.planned:,} tokens: train that stage to its end first"
             )
-        self._check(tensors)
+        tensors = self.tensors()
         if fresh_moments:
-            self.optimizer.load_masters(tensors)
-        else:
-            self.optimizer.load_state(tensors)
-        self._load_rest(tensors)
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("exp_avg")}
+        read_state(before, tensors)
+        self.optimizer.steps = 0 if fresh_moments else position.updates
+        self.optimizer.write_weights()
 
+    @torch.no_grad()
     def start_from(self, folder: Path) -> None:
-        """Start from the weights of a checkpoint folder, with fresh moments."""
-        source = DeepseekV3.from_pretrained(folder, dtype=torch.float32)
-        weights = source.state_dict()
-        shapes = {name: t.shape for name, t in self.model.state_dict().items()}
-        if {name: t.shape for name, t in weights.items()} != shapes:
+        """Start from the weights of a checkpoint folder, with fresh moments; reads no more than is held here."""
+        checkpoint, wanted = open_checkpoint(folder), table(self.model.config)
+        if {name: piece.shape for name, piece in checkpoint.pieces.items()} != {
+            name: piece.shape for name, piece in wanted.items()
+        }:
             raise UserError(
                 f"{folder} is a model of another shape than the recipe's: name a checkpoint of that"
             )
-        self.model.load_state_dict(weights)
-        self.optimizer.load_masters({f"master.{name}": weights[name] for name in self.optimizer.masters})
+        weights = {name: torch.empty(p.shape) for name, p in self.model.named_parameters()}
+        buffers = dict(self.model.named_buffers())
+        for piece, tensor, scale in checkpoint.stream():
+            target = buffers.get(piece.parameter, weights.get(piece.parameter))
+            if piece.copy_of is not None or target is None:
+                continue
+            index = piece.index
+            if index and isinstance(
+                index[0], int
+            ):  # an expert of a stack, whose first one here may be another
+                row = index[0] - self.held[piece.parameter].start // target[0].numel()
+                if not 0 <= row < len(target):
+                    continue
+                index = (row, *index[1:])
+            target[index].copy_(tensor if scale is None else dequantize_blocks(tensor, scale))
+        self.optimizer.begin_from(weights)
         if self.ema is not None:
-            self.ema.load_state({f"ema.{name}": m for name, m in self.optimizer.masters.items()})
+            self.ema.begin()
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        wanted = {f"master.{name}": m.shape for name, m in self.optimizer.masters.items()}
-        wanted |= {f"buffer.{name}": b.shape for name, b in self.model.named_buffers()}
-        if self.ema is not None:
-            wanted |= {f"ema.{name}": m.shape for name, m in self.optimizer.masters.items()}
-        for name, shape in wanted.items():
-            if name not in tensors or tensors[name].shape != shape:
-                raise UserError(
-                    f"{self.folder.parent} is the run of another recipe ({name} differs): name another --out"
-                )
-
-    @torch.no_grad()
-    def _load_rest(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(tensors[f"buffer.{name}"])
-        if self.ema is not None:
-            self.ema.load_state(tensors)
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a state holds of this process, to be written, or read into: `Piece`s, and biases."""
+        tensors: dict[str, Tensor] = {f"buffer.{name}": b for name, b in self.model.named_buffers()}
+        for key, tensor in (self.optimizer.state() | ({} if self.ema is None else self.ema.state())).items():
+            name = key.partition(".")[2]
+            held = self.held[name]
+            tensors[key] = Piece.of(tensor, held.start + self.optimizer.starts[name], held.shape.numel())
+        return tensors
 
 
-def state_file(folder: Path) -> Path:
-    """The file of a phase's state."""
-    return folder / "state.safetensors"
-
-
-def read_state(path: Path) -> tuple[dict[str, Tensor], Position]:
-    """The tensors of a saved phase, and how far it is. Raises UserError if there is none, or it is broken."""
-    with _opened(path) as file:
-        position = _position(file)
-        return {name: file.get_tensor(name) for name in file.keys()}, position  # noqa: SIM118
-
-
-def read_position(path: Path) -> Position:
-    """How far a saved phase is, without its tensors; raises as `read_state`."""
-    with _opened(path) as file:
-        return _position(file)
-
-
-def _position(file: Any) -> Position:
-    return Position(**json.loads((file.metadata() or {})["position"]))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A state file; what is wrong with it while it is read is said in one line."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: train the stage before it first") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is broken ({error}): remove it to start the phase anew") from None
-
-
-def trained_model(config: ModelConfig, state: Path, average: bool = False) -> DeepseekV3:
-    """The model that a phase has come to, in float32: its masters, or their moving average."""
-    tensors, _ = read_state(state)
-    kind = "ema" if average else "master"
-    weights = {
-        name.removeprefix(f"{start}."): t.float()
-        for start in (kind, "buffer")
-        for name, t in tensors.items()
-        if name.startswith(f"{start}.")
-    }
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+def trained_model(config: ModelConfig, folder: Path, average: bool = False) -> DeepseekV3:
+    """The model that a phase has come to, in float32, in one process: its masters, or their moving average."""
     model = DeepseekV3(config)
-    model.load_state_dict(weights)
+    kind = "ema" if average else "master"
+    tensors: dict[str, Tensor] = {
+        f"{kind}.{name}": Piece.of(p.detach(), 0, p.numel()) for name, p in model.named_parameters()
+    }
+    read_state(folder, tensors | {f"buffer.{name}": b for name, b in model.named_buffers()})
     return model

@@ -11,12 +11,13 @@ import importlib.util
 import json
 import shutil
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dsv3.checkpoint.writer import staged
 from dsv3.config import read_json
@@ -24,6 +25,7 @@ from dsv3.data.stream import open_stream
 from dsv3.errors import UserError
 from dsv3.files import only_writer, write_whole
 from dsv3.model import Transformer
+from dsv3.parallel.mesh import Mesh, leads, on_lead
 from dsv3.recipe import Phase, Recipe, RecipeError
 from dsv3.recipe.train import plan
 from dsv3.train.compile import compile_model
@@ -34,7 +36,9 @@ from dsv3.train.loop import FlopsShare, train
 from dsv3.train.metrics import FILE, MetricsLog
 from dsv3.train.plots import plot_run
 from dsv3.train.recompute import apply_recompute
-from dsv3.train.run import Run, read_position, state_file, trained_model
+from dsv3.train.run import Run, trained_model
+from dsv3.train.state import read_position
+from dsv3.train.team import Team
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def check(recipe: Recipe, out: Path, stage: str | None, options: Options) -> Non
     _chosen(recipe, stage)
     for name, phase in recipe.phases.items():
         try:
-            plan(phase, tokens_per_epoch=10**12, scale=options.scale)
+            plan(phase, 10**12, options.scale, recipe.layout(name).granule(phase.microbatch))
         except RecipeError as problem:
             raise RecipeError(f"stages.{name}: {problem}") from None
     if options.init is not None and not (options.init / "config.json").exists():
@@ -75,20 +79,27 @@ def run_recipe(
 ) -> Path:
     """Run a recipe's phases, or those of one stage, on the tokens in `data`; returns where the model is.
 
-    Given again, it goes on where it was. Raises UserError for what a person can mend.
+    Given again, it goes on where it was. In several processes (`dsv3.parallel.launch`) all call this, and the first
+    one alone writes what is not sharded. Raises UserError for what a person can mend.
     """
     options = options or Options()
-    check(recipe, out, stage, options)
     chosen = _chosen(recipe, stage)
-    with _locked(out):
-        _write_json(out / "recipe.json", _essence(recipe, options))
+    with ExitStack() as held:
+
+        def begin() -> None:
+            check(recipe, out, stage, options)
+            held.enter_context(_locked(out))
+            _write_json(out / "recipe.json", _essence(recipe, options))
+
+        on_lead(begin)
         before: str | None = None
         for name in recipe.phases:
             if name in chosen:
                 first = name == chosen[0] and options.init is not None
                 _run_phase(recipe, name, None if first else before, data, out, options)
             before = name
-        return export(recipe, chosen[-1], data, out, out / ("model" if stage is None else f"model-{stage}"))
+        folder = out / ("model" if stage is None else f"model-{stage}")
+        return on_lead(lambda: export(recipe, chosen[-1], data, out, folder))
 
 
 def _chosen(recipe: Recipe, stage: str | None) -> list[str]:
@@ -119,15 +130,18 @@ def _locked(out: Path) -> AbstractContextManager[None]:
 
 
 def make_run(recipe: Recipe, name: str, out: Path, device: str = "cpu") -> Run:
-    """The model and optimiser of a phase, with random weights."""
+    """The model and optimiser of a phase, with random weights; in several processes, this one's part of them."""
     phase = recipe.phases[name]
     precision = phase.precision or recipe.precision
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    run = Run(out / name, recipe.config(name), recipe.optimizer, recipe.seed, dtype, device)
+    mesh = Mesh.of(recipe.layout(name), device) if dist.is_initialized() else None
+    run = Run(out / name, recipe.config(name), recipe.optimizer, recipe.seed, dtype, device, mesh)
     if precision == "fp8":
         apply_fp8(run.model)
     if recipe.recompute:
         apply_recompute(run.model)
+    if mesh is not None:
+        run.team = Team(mesh, run.model, run.device)
     return run
 
 
@@ -135,7 +149,7 @@ def _run_phase(
     recipe: Recipe, name: str, before: str | None, data: Path, out: Path, options: Options
 ) -> None:
     phase, folder = recipe.phases[name], out / name
-    if (folder / "heldout.json").exists() and read_position(state_file(folder)).done:
+    if on_lead(lambda: (folder / "heldout.json").exists() and read_position(folder).done):
         return
     stream = open_stream(
         data, phase.mixture, recipe.seed + list(recipe.phases).index(name), phase.sequence_length
@@ -146,47 +160,58 @@ def _run_phase(
             f"{data} has {stream.vocab_size:,} words, but the model knows {run.model.config.vocab_size:,}: build the "
             "data by this recipe"
         )
-    schedule = plan(phase, stream.tokens_per_epoch, options.scale)
-    if run.checkpoint.exists():
+    granule = recipe.layout(name).granule(phase.microbatch)
+    schedule = plan(phase, stream.tokens_per_epoch, options.scale, granule)
+    if on_lead(run.saved):
         run.resume()
     elif before is not None:
-        run.follow(state_file(out / before), phase.fresh_moments)
+        run.follow(out / before, phase.fresh_moments)
     elif options.init is not None:
         run.start_from(options.init)
     if run.position.tokens < schedule.tokens:
         say(
             f"{name}: {schedule.tokens - run.position.tokens:,} of {schedule.tokens:,} tokens to go, "
             f"{run.model.config.num_hidden_layers} layers, sequences of {phase.sequence_length}"
+            + ("" if run.team is None else f", {run.team.layout}")
         )
         if options.compile:
             compile_model(run.model)
-        with MetricsLog(folder, run.position.step) as log:
-            share = _flops_share(run.model, phase, options.device)
+        with MetricsLog(folder, run.position.step) if leads() else nullcontext() as log:
+            share = _flops_share(run, phase)
             train(
                 run, schedule, stream, log, phase.microbatch, recipe.optimizer.clip, options.save_every, share
             )
+    on_lead(lambda: _report(recipe, name, run, data, out))
+
+
+def _report(recipe: Recipe, name: str, run: Run, data: Path, out: Path) -> None:
+    """Pictures of a phase, and how well its model reads what it has not seen."""
+    phase, folder = recipe.phases[name], out / name
     if importlib.util.find_spec("matplotlib") is None:
         say("no pictures: matplotlib is not installed (pip install 'dsv3[train]')")
     else:
         plot_run(folder / FILE, folder / "plots")
+    model: Transformer = run.model
+    if run.team is not None:  # of which this process has a part
+        model = trained_model(run.model.config, folder).to(device=run.device, dtype=run.dtype)
     windows = sorted({min(512, phase.sequence_length), phase.sequence_length})
-    report = {str(window): bits_per_byte(run.model, data, window) for window in windows}
+    report = {str(window): bits_per_byte(model, data, window) for window in windows}
     _write_json(folder / "heldout.json", report)
     for window, kinds in report.items():
         said = ", ".join(f"{kind} {bits:.3f}" for kind, bits in kinds.items())
         say(f"{name}: bits per byte of held-out text, {window} tokens at a time: {said}")
 
 
-def _flops_share(model: Transformer, phase: Phase, device: str) -> FlopsShare:
-    peak = measure_matmul_rate(device, model.lm_head.weight.dtype)
-    flops = [model_flops_per_token(model.config, phase.sequence_length, mtp) for mtp in (False, True)]
+def _flops_share(run: Run, phase: Phase) -> FlopsShare:
+    peak = measure_matmul_rate(run.device, run.dtype) * (1 if run.team is None else run.team.layout.world)
+    flops = [model_flops_per_token(run.model.config, phase.sequence_length, mtp) for mtp in (False, True)]
     return lambda rate, mtp: rate * flops[mtp] / peak
 
 
 def export(recipe: Recipe, phase: str, data: Path, out: Path, folder: Path) -> Path:
     """Write what a phase ended with as a checkpoint folder: weights, tokenizer, and how to sample from it."""
     config = recipe.config(phase)
-    model = trained_model(config, state_file(out / phase), recipe.export.average)
+    model = trained_model(config, out / phase, recipe.export.average)
     with staged(folder) as new:
         model.save_pretrained(new, recipe.export.format)
         shutil.copyfile(data / "tokenizer.json", new / "tokenizer.json")
@@ -211,4 +236,6 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Tell whoever watches; one process speaks for all."""
+    if leads():
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,96 @@
+"""Who holds which numbers of a model, and building only those.
+
+A parameter lies on several processes (replicas of data parallelism, both ends of DualPipe, the embedding on the first
+and the last stage), or it is a stack of experts that several processes hold in parts. `Held` says both of a parameter:
+what part of the whole is here, which is always one run of the flattened whole, and who else has the same run. From
+that follows who must add up whose gradients (the optimiser), and how a saved state is read by another layout
+(`dsv3.train.state`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from dsv3.config import ModelConfig
+from dsv3.model import Transformer
+from dsv3.parallel.experts import own_experts
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.part import Part, spans, stages_with
+
+STACKS = (".experts.gate_up_proj", ".experts.down_proj")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of a parameter."""
+
+    shape: torch.Size
+    """Of the whole."""
+    start: int
+    """Where in the flattened whole what is here begins."""
+    ranks: tuple[int, ...]
+    """Who holds the same, this process included."""
+
+
+def holdings(model: Transformer, mesh: Mesh | None) -> dict[str, Held]:
+    """What this process holds of each parameter of a model, or of its part of it."""
+    if mesh is None:
+        return {name: Held(p.shape, 0, (0,)) for name, p in model.named_parameters()}
+    held = {}
+    for name, p in model.named_parameters():
+        shape, start = p.shape, 0
+        stacked = name.endswith(STACKS)
+        if stacked and mesh.layout.expert > 1:
+            shape = torch.Size((p.shape[0] * mesh.layout.expert, *p.shape[1:]))
+            start = mesh.expert * p.numel()
+        ranks = mesh.holders(stages_with(name, model.config, mesh.layout.stages), stacked)
+        held[name] = Held(shape, start, ranks)
+    return held
+
+
+def make_groups(wanted: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], ProcessGroup]:
+    """A group for each of these sets of ranks, in which this process is. All processes call this."""
+    mine = set(wanted)
+    everyones: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    # In one order, and everyone takes part in making all: torch names groups by counting.
+    groups = {ranks: dist.new_group(ranks) for ranks in sorted(set().union(*everyones))}
+    return {ranks: groups[ranks] for ranks in mine}
+
+
+def build(
+    config: ModelConfig, mesh: Mesh | None, seed: int, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """A model with random weights, or this process's part of it, which never takes more memory than that part.
+
+    Weights are the same numbers whatever the layout: each has a generator of its own (`Transformer.init_weights`).
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+        first = 0
+        if mesh is not None:
+            all_spans = spans(config, mesh.layout.stages)
+            if mesh.layout.pipeline > 1:
+                model = Part(model, [all_spans[stage] for stage in mesh.stages])
+            if mesh.layout.expert > 1 and config.n_routed_experts is not None:
+                mine = own_experts(mesh, config.n_routed_experts)
+                first = mine.start
+                _cut(model, mine)
+    model.to_empty(device="cpu")
+    if config.tie_word_embeddings and hasattr(model, "lm_head"):  # which to_empty has parted
+        model.lm_head.weight = model.embed_tokens.weight
+    model.init_weights(seed, first)
+    return model.to(device=device, dtype=dtype)
+
+
+def _cut(model: nn.Module, mine: slice) -> None:
+    for name, parameter in list(model.named_parameters()):
+        if name.endswith(STACKS):
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(parameter.detach()[mine].clone()))
