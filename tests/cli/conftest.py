@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv3.checkpoint.pretrained import DeepseekV3
 from dsv3.config import PRESETS

@@ -74,12 +74,13 @@ def test_flags_become_settings_and_the_engines_arguments(
     flags = (
         "--port 0 --served-model-name a --served-model-name b --max-num-seqs 5 --speculation 2 --deterministic "
         "--no-prefix-caching --cache-tokens 4096 --rate-limit 60 --max-concurrent 3 --no-page --no-access-log "
-        "--log-prompts --drain 7 --request-timeout 9 --cors-origin https://a.example.org --allowed-host b.example.org"
+        "--log-prompts --drain 7 --request-timeout 9 --keep-alive 3 --cors-origin https://a.example.org --allowed-host b.example.org"
     )
     assert main(["serve", str(tmp_path), *flags.split()]) == 0
     settings, arguments = seen["settings"], seen["arguments"]
     assert settings.served_model_names == ("a", "b")
     assert (settings.rate_limit, settings.max_concurrent, settings.drain) == (60, 3, 7)
+    assert (settings.request_timeout, settings.keep_alive) == (9, 3)
     assert (settings.page, settings.access_log, settings.log_prompts) == (False, False, True)
     assert settings.cors_origins == ("https://a.example.org",) and settings.allowed_hosts == (
         "b.example.org",

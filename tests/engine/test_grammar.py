@@ -23,7 +23,18 @@ from dsv3.engine.grammar import GrammarCompiler, GrammarError, Matcher, Structur
 from dsv3.errors import UserError
 from dsv3.text import Tokenizer
 from dsv3.text.bpe import TOOL_TOKENS
-from dsv3.text.tools import RequiredCalls, Style, ToolCallParser, gather, tool_use
+from dsv3.text.tools import (
+    CALL_BEGIN,
+    CALLS_BEGIN,
+    CALLS_END,
+    HeldCalls,
+    Style,
+    ToolCall,
+    ToolCallParser,
+    gather,
+    tool_use,
+    write_calls,
+)
 from tests.text.toy import ASSISTANT, BOS, EOS, PAD, USER, train
 
 SEEDS = range(25)
@@ -221,7 +232,7 @@ def test_calls_that_are_required_are_made(tool_tokens: bool, style: Style, choic
         },
     ]
     parameters = {t["function"]["name"]: t["function"].get("parameters", {"maxProperties": 0}) for t in tools}  # type: ignore[attr-defined]
-    required = tool_use(tools, choice, style).required
+    required = tool_use(tools, choice, style).held
     tokenizer = toy(tool_tokens)
     names = []
     for text in texts(StructuredOutput(tool_calls=required), tokenizer):
@@ -233,6 +244,173 @@ def test_calls_that_are_required_are_made(tool_tokens: bool, style: Style, choic
             assert jsonschema_rs.is_valid(parameters[call.name], json.loads(call.arguments))
         assert len(answer.calls) == 1 or choice == "required"
     assert set(names) == ({"person", "now", "place.find"} if choice == "required" else {"place.find"})
+
+
+FREE = {"properties": {"n": {"multipleOf": 3}}}
+"""Parameters that no grammar can hold."""
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Oslo", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def optional(style: Style = "v3", parallel: bool = True, **more: Any) -> StructuredOutput:
+    """Calls that may be made, of a function that is strict and one that is not."""
+    tools = [
+        {"type": "function", "function": {"name": "weather", "parameters": CITY, "strict": True}},
+        {"type": "function", "function": {"name": "free", "parameters": FREE}},
+    ]
+    return StructuredOutput(tool_calls=tool_use(tools, "auto", style, parallel).held, **more)
+
+
+def follow(matcher: Matcher, tokenizer: Tokenizer, text: str, spelled: bool = False) -> bool:
+    """Whether the text may be written; spelled: markers as text, though there are tokens for them."""
+    for token in tokenizer.encode(text, allow_special=not spelled):
+        if not matcher.allows(token):
+            return False
+        matcher.accept(token)
+    return not matcher.failed
+
+
+@pytest.mark.parametrize("tool_tokens", [True, False])
+@pytest.mark.parametrize("style", ["v3", "v3.1"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_call_that_is_begun_is_held_to_its_schema(tool_tokens: bool, style: Style, parallel: bool) -> None:
+    tokenizer = toy(tool_tokens)
+    grammar = compiler_of(tokenizer).compile(optional(style, parallel))
+    names = set()
+    for seed in SEEDS:
+        start = "Let me <｜see｜>.\n" * (seed % 2) + CALLS_BEGIN
+        matcher = grammar.matcher()
+        assert follow(matcher, tokenizer, start)
+        text = start + write(matcher, tokenizer, seed, seed * 2)
+        parser = ToolCallParser()
+        answer = gather([*parser.push(text), *parser.close()])
+        assert answer.content == start.removesuffix(CALLS_BEGIN) and answer.calls
+        assert parallel or len(answer.calls) == 1
+        for call in answer.calls:
+            names.add(call.name)
+            value = json.loads(call.arguments)
+            assert isinstance(value, dict) and (call.name == "free" or jsonschema_rs.is_valid(CITY, value))
+    assert names == {"weather", "free"}
+
+    second = "\n" * (style == "v3") + CALL_BEGIN
+    one = write_calls([ToolCall("weather", '{"city": "Oslo", "days": 3}')], style).removesuffix(CALLS_END)
+    matcher = grammar.matcher()
+    assert follow(matcher, tokenizer, one) and follow(matcher, tokenizer, second) is parallel
+    for arguments in ('{"city": "Bonn"', '{"days"', '{"city": "Oslo"}'):
+        wrong = write_calls([ToolCall("weather", arguments)], style)
+        assert not follow(grammar.matcher(), tokenizer, wrong)
+    free = [ToolCall("free", '{"n": 1, "more": [{"x": null}]}')]
+    matcher = grammar.matcher()
+    assert follow(matcher, tokenizer, write_calls(free, style)) and matcher.finished
+    assert not follow(grammar.matcher(), tokenizer, write_calls([ToolCall("other", "{}")], style))
+
+
+@pytest.mark.parametrize("tool_tokens", [True, False])
+def test_without_a_call_any_text_may_come(tool_tokens: bool) -> None:
+    tokenizer = toy(tool_tokens)
+    eos = tokenizer.eos_token_ids[0]
+    grammar = compiler_of(tokenizer).compile(optional())
+    for text in (
+        "",
+        "Yes.",
+        "\x00<<｜<｜tool｜> a<b <｜tool▁<｜tool▁cal\n林🦊",
+        "<｜tool▁outputs▁begin｜>"[:9],
+        "<",
+    ):
+        matcher = grammar.matcher()
+        assert follow(matcher, tokenizer, text) and matcher.allows(eos), text
+        assert follow(matcher, tokenizer, CALLS_BEGIN), "and a call after it"
+        assert not matcher.allows(eos)
+    plain = {i for i in range(tokenizer.vocab_size) if i not in tokenizer.control_ids}
+    lacking = plain - set(allowed(grammar.matcher(), tokenizer.vocab_size + 100))
+    for token in lacking:  # pieces of characters cannot begin one
+        with pytest.raises(UnicodeDecodeError):
+            tokenizer.token_bytes(token).decode()
+
+
+@pytest.mark.parametrize("marker", [CALLS_BEGIN, CALL_BEGIN])
+def test_a_marker_that_is_spelled_as_text_begins_no_call(marker: str) -> None:
+    """What looks like one is read as a call, so text cannot be a way around its grammar."""
+    tokenizer = toy(True)
+    for spec in (optional(), optional(after_reasoning=True)):
+        for text in (marker, f"so {marker}", f"<<｜tool{marker}"):
+            matcher = compiler_of(tokenizer).compile(spec).matcher()
+            assert not follow(matcher, tokenizer, text, spelled=True)
+    for i in tokenizer.readable_ids - {tokenizer.backend.token_to_id(t) for t in (CALLS_BEGIN, "<think>")}:
+        assert not compiler_of(tokenizer).compile(optional()).matcher().allows(i)
+
+
+def test_reasoning_may_come_before_calls_that_may() -> None:
+    tokenizer = toy(True)
+    eos = tokenizer.eos_token_ids[0]
+    matcher = compiler_of(tokenizer).compile(optional(after_reasoning=True)).matcher()
+    assert follow(matcher, tokenizer, "so be it") and not matcher.allows(eos)
+    assert follow(matcher, tokenizer, "</think>Yes.") and matcher.allows(eos)
+    assert follow(matcher, tokenizer, CALLS_BEGIN)
+    matcher = compiler_of(tokenizer).compile(optional()).matcher()
+    assert follow(matcher, tokenizer, "<think>so") and not matcher.allows(eos), "a model may begin by itself"
+    assert follow(matcher, tokenizer, "</think>Yes.") and matcher.allows(eos)
+    matcher = compiler_of(tokenizer).compile(optional(json_object=True, after_reasoning=True)).matcher()
+    assert follow(matcher, tokenizer, 'so</think>{"a": 1}') and matcher.allows(eos)
+
+
+@pytest.mark.parametrize("tool_tokens", [True, False])
+@pytest.mark.parametrize(
+    "form",
+    [{"json_schema": json.dumps(PERSON)}, {"json_object": True}, {"regex": "[a-z]{3}"}, {"choice": ("a",)}],
+)
+def test_a_form_or_calls(tool_tokens: bool, form: dict[str, Any]) -> None:
+    tokenizer = toy(tool_tokens)
+    eos = tokenizer.eos_token_ids[0]
+    spec = optional(**form)
+    assert spec.name == next(iter(form))
+    grammar = compiler_of(tokenizer).compile(spec)
+    both = [i for i in allowed(grammar.matcher(), tokenizer.vocab_size + 100) if i != eos]
+    alone = compiler_of(tokenizer).compile(StructuredOutput(**form))
+    only = [i for i in allowed(alone.matcher(), tokenizer.vocab_size + 100) if i != eos]
+    assert set(both) - set(only) == {tokenizer.encode(CALLS_BEGIN)[0]} and set(only) <= set(both)
+    matcher = grammar.matcher()
+    assert not matcher.allows(eos)
+    assert follow(matcher, tokenizer, write_calls([ToolCall("weather", '{"city": "Rome", "days": 1}')]))
+    assert matcher.finished
+    assert not follow(grammar.matcher(), tokenizer, write_calls([ToolCall("weather", '{"city": "Bonn"}')]))
+    for seed in range(8):
+        matcher, other = grammar.matcher(), alone.matcher()
+        token = only[seed % len(only)]
+        matcher.accept(token)
+        other.accept(token)
+        text = write(other, tokenizer, seed, 2 * seed)
+        assert follow(matcher, tokenizer, text) and matcher.allows(eos), "what has the form may be written"
+        assert not matcher.allows(tokenizer.encode(CALLS_BEGIN)[0]) or "json" not in spec.name
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"properties": {"a": {"type": "null"}}, "required": ["a"]}, r"at \$, strict needs 'additional"),
+        ({**CITY, "required": ["city"]}, r"at \$, strict needs every property in 'required', and 'days'"),
+        ({**CITY, "properties": {"city": {"type": "object"}, "days": {}}}, r"at \$.properties.city, strict"),
+        ({**CITY, "additionalProperties": True}, r"at \$, strict needs 'additionalProperties': false"),
+    ],
+)
+def test_strict_is_what_openai_has_it(parameters: dict[str, Any], says: str) -> None:
+    function: dict[str, Any] = {"name": "f", "parameters": parameters}
+    for choice in ("auto", "required"):
+        for strict in (True, False):
+            tool = {"type": "function", "function": {**function, "strict": strict}}
+            spec = StructuredOutput(tool_calls=tool_use([tool], choice).held)
+            if not strict:
+                compiler_of(toy()).compile(spec)
+                continue
+            with pytest.raises(UserError, match=rf"^tools\[0\].function.parameters: {says}"):
+                compiler_of(toy()).compile(spec)
 
 
 # Tokens -----------------------------------------------------------------------------------------------------
@@ -383,7 +561,9 @@ def nested(depth: int) -> str:
         ({"choice": ("\ud800",)}, "choice is not valid Unicode"),
         ({"choice": ("x" * 1000,) * 66}, "choice has more than 65,536"),
         ({"tool_calls": "f"}, "tool_calls is a str"),
-        ({"tool_calls": RequiredCalls(())}, "no functions"),
+        ({"tool_calls": HeldCalls(())}, "no functions"),
+        ({"tool_calls": HeldCalls(()), "json_object": True}, "exactly one of"),
+        ({"tool_calls": HeldCalls((), required=False), "regex": "a", "choice": ("a",)}, "exactly one of"),
         ({"json_schema": "{"}, "json_schema is not JSON"),
         ({"json_schema": '{"const": NaN}'}, "NaN"),
         ({"json_schema": '{"maximum": 1e999}'}, "1e999 is no number that fits"),
@@ -464,7 +644,7 @@ def test_wrong_forms_say_what_is_wrong_in_a_line(spec: dict[str, Any], says: str
 
 def test_wrong_parameters_of_a_tool_are_named() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
-    spec = StructuredOutput(tool_calls=tool_use([tool], "required").required)
+    spec = StructuredOutput(tool_calls=tool_use([tool], "required").held)
     with pytest.raises(UserError, match=r"^tools\[0\].function.parameters: at \$.properties.a, 'not'"):
         compiler_of(nano()).compile(spec)
 

@@ -14,10 +14,12 @@ import torch
 from dsv3 import LLM, DeepseekV3, SamplingParams
 from dsv3.checkpoint.memory import weight_bytes
 from dsv3.config import PRESETS, ModelConfig
+from dsv3.engine.grammar import StructuredOutput
 from dsv3.engine.llm import read_generation_config
 from dsv3.engine.machine import choose_device, choose_dtype
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text import Tokenizer
+from dsv3.text.tools import CALLS_BEGIN, tool_use
 from tests.text import toy
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -453,3 +455,33 @@ def test_a_small_model_decodes_with_one_thread_and_reads_with_all(
     assert threads == [4, 1]
     other.generate([[5] * 200], SamplingParams(max_tokens=5, temperature=0.0))
     assert threads == [4, 1, 4, 1], "for the step that reads the prompt, and not for those that decode"
+
+
+def test_guesses_change_no_call_that_is_held(folder: Path) -> None:
+    """Text, calls that may follow it, calls in place of a form: with the MTP module's guesses as without."""
+    pytest.importorskip("xgrammar")
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+    calls = tool_use([tool]).held
+    begins = toy.train().encode("<").ids[0]
+    forms: list[dict[str, Any]] = [
+        {"structured": StructuredOutput(tool_calls=calls)},
+        {"structured": StructuredOutput(tool_calls=calls, choice=("fox",)), "logit_bias": {begins: 100}},
+    ]
+    found = []
+    for speculation in ("off", 1, 3):
+        llm = LLM(folder, dtype="float32", max_num_seqs=3, speculation=speculation)
+        params = [
+            SamplingParams(max_tokens=120, temperature=t, seed=5, **form)
+            for form in forms
+            for t in (0.0, 1.5)
+        ]
+        found.append([output.text for output in llm.generate(PROMPTS[:1] * len(params), params)])
+        assert (llm.engine.drafted_tokens > 0) == (speculation != "off")
+    assert found[0] == found[1] == found[2]
+    assert all(text.startswith(CALLS_BEGIN) for text in found[0][2:]), "a call, which the form was not"

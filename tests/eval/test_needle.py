@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv3 import LLM
 from dsv3.config import PRESETS

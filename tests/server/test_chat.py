@@ -213,3 +213,84 @@ def test_an_event_is_one_line_however_lines_are_told() -> None:
             found = [json.loads(line[6:]) for line in answer.splitlines() if line not in ("", "data: [DONE]")]
             deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in found]
             assert "".join(deltas) == text
+
+
+# The last turn continued
+
+
+GO_ON: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+
+
+@pytest.mark.parametrize(
+    "said", ["Once upon a", "A line.\n\n  ", "", "Say <｜User｜> and <｜end▁of▁sentence｜>", "Once <"]
+)
+def test_the_last_message_is_continued(said: str) -> None:
+    """The prompt ends with what was said of the answer, to the letter."""
+    engine = FakeEngine()
+    messages = [{"role": "user", "content": "Once upon a"}, {"role": "assistant", "content": said}]
+    request = {"messages": messages, **GO_ON}
+    with client(engine) as http:
+        answer = http.post(PATH, json={**request, "max_tokens": 4})
+        tokens = http.post("/tokenize", json=request).json()["tokens"]
+    assert answer.status_code == 200, answer.text
+    own = tokenizer()
+    expected = [*own.encode_chat(messages[:1]), *own.encode(said, allow_special=False)]  # type: ignore[arg-type]
+    assert engine.calls[0].prompt_ids == expected == tokens
+    assert len(answer.json()["choices"][0]["message"]["content"]) > 0, "what is new, and no more"
+
+
+def test_a_conversation_goes_on_within_the_reasoning() -> None:
+    engine = FakeEngine(says="it rains.</think>Yes.", finish="stop")
+    own = tokenizer()
+    template = (
+        "{% for message in messages %}{{ message['content'] | trim }}{{ eos_token }}{% endfor %}{# <think> #}"
+    )
+    engine.llm.tokenizer = type(own)(own.backend, own.special_tokens, chat_template=template)
+    for said, reasoning in (("<think>I see that ", "it rains."), ("<think>a</think>b", None)):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+        with client(engine) as http:
+            message = http.post(PATH, json={"messages": messages, **GO_ON}).json()["choices"][0]["message"]
+        assert message.get("reasoning_content") == reasoning
+        assert own.decode(engine.calls[-1].prompt_ids, skip_special_tokens=False).endswith(said)
+
+
+TURN = {"role": "assistant", "content": "Once"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        ({"messages": [TURN], "continue_final_message": True}, "continue_final_message"),
+        (
+            {"messages": [TURN], "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+        ({"messages": [TURN], "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": [TURN, {"role": "user", "content": "Hi"}], **GO_ON}, "messages[1]"),
+        (
+            {
+                "messages": [
+                    {**TURN, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}
+                ],
+                **GO_ON,
+            },
+            "messages[0]",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(request_: dict[str, Any], param: str) -> None:
+    with client() as http:
+        answer = http.post(PATH, json=request_)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_template_that_hides_the_last_message_is_named() -> None:
+    engine = FakeEngine()
+    own = tokenizer()
+    engine.llm.tokenizer = type(own)(
+        own.backend, own.special_tokens, chat_template="{{ messages[0]['role'] }}"
+    )
+    with client(engine) as http:
+        answer = http.post(PATH, json={"messages": [TURN], **GO_ON})
+    assert answer.status_code == 400 and "cannot be continued" in answer.json()["error"]["message"]

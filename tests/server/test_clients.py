@@ -6,19 +6,25 @@ import asyncio
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import openai
 import pytest
+import torch
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
+from dsv3.checkpoint.hub import resolve
+from dsv3.engine import sampling
 from dsv3.engine.async_engine import AsyncEngine
 from dsv3.engine.llm import LLM
+from dsv3.engine.sampling import Sampler
 from dsv3.server.keys import add_key
+from dsv3.text import Tokenizer
+from dsv3.text.tools import CALLS_BEGIN, CALLS_END, ToolCall, write_calls
 from tests.server.live import Live, live
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -80,6 +86,20 @@ def test_a_stream_is_the_answer_in_pieces(client: OpenAI) -> None:
     assert chunks[-1].usage is not None and whole.usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_an_answer_is_continued(client: OpenAI) -> None:
+    asked: Any = {"model": "nano", "temperature": 0}
+    whole = client.chat.completions.create(**asked, messages=HELLO, max_tokens=30).choices[0].message.content
+    assert whole is not None
+    said = " ".join(whole.split(" ")[:4])
+    more = client.chat.completions.create(
+        **asked,
+        messages=[*HELLO, {"role": "assistant", "content": said}],
+        max_tokens=30,
+        extra_body={"add_generation_prompt": False, "continue_final_message": True},
+    )
+    assert (said + (more.choices[0].message.content or "")).startswith(whole)
 
 
 def test_several_answers_and_seeds(client: OpenAI) -> None:
@@ -174,6 +194,116 @@ def test_a_tool_that_must_be_called_is(client: OpenAI, stream: bool) -> None:
     assert set(values) == {"city", "unit"} and values["unit"] in ("celsius", "fahrenheit")
 
 
+def wish(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
+    """Let the model want to say this and no more, and go on with the next text where it may not say one; nano would hardly
+    call a tool by itself."""
+    tokenizer = Tokenizer.from_pretrained(resolve("nano"))
+    script = [*map(tokenizer.encode, texts), [tokenizer.eos_token_ids[0]]]
+    left: dict[Sampler, list[list[int]]] = {}
+
+    def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> Any:
+        logits = logits.float().clone()
+        for row, sampler in zip(logits, samplers, strict=True):
+            rest = left.setdefault(sampler, [list(ids) for ids in script])
+            while rest and not (rest[0] and (sampler.matcher is None or sampler.matcher.allows(rest[0][0]))):
+                rest.pop(0)
+            if rest:
+                row[rest[0].pop(0)] += 1000
+        return sampling.sample(logits, samplers)
+
+    monkeypatch.setattr("dsv3.engine.engine.sample", sample)
+
+
+class Weather(BaseModel):
+    city: Literal["Oslo", "Rome"]
+    days: Literal[3, 7] | None
+
+
+FREE: Any = {"type": "function", "function": {"name": "note", "parameters": {"not": {}}}}
+RIGHT = '{"city": "Oslo", "days": 3}'
+CALL = write_calls([ToolCall("Weather", RIGHT)]).removeprefix(CALLS_BEGIN).removesuffix(CALLS_END)
+HEAD, TAIL = CALL.split(RIGHT)
+WRONG = (HEAD + '{"city": "', "Atlantis", 'Rome", "days": ', '"many"', "7}" + TAIL)
+"""A call to nowhere, and what is left to say where that cannot be said."""
+FIXED = '{"city": "Rome", "days": 7}'
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_strict_tool_that_may_be_called(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch, parallel: bool
+) -> None:
+    """What OpenAI's client makes of a pydantic model is strict: it parses the arguments, and they must fit."""
+    pytest.importorskip("xgrammar")
+    first, *rest = WRONG
+    wish(monkeypatch, f"Let me see.{CALLS_BEGIN}{CALL}", f"\n{first}", *rest, CALLS_END)
+    asked: Any = {
+        "model": "nano",
+        "messages": HELLO,
+        "tools": [openai.pydantic_function_tool(Weather), FREE],
+        "parallel_tool_calls": parallel,
+        "max_tokens": 400,
+        "temperature": 0,
+    }
+    (choice,) = client.chat.completions.create(**asked).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me see."
+    calls = [call.function.arguments for call in choice.message.tool_calls or ()]
+    assert calls == [RIGHT, FIXED][: 1 + parallel]
+
+    with client.chat.completions.stream(**{**asked, "tools": asked["tools"][:1]}) as stream:
+        (final,) = stream.get_final_completion().choices
+    assert final.message.content == "Let me see."
+    assert [call.function.arguments for call in final.message.tool_calls or ()] == calls
+    assert all(isinstance(c.function.parsed_arguments, Weather) for c in final.message.tool_calls or ())
+
+    strict = openai.pydantic_function_tool(Weather)["function"]
+    response = client.responses.create(
+        model="nano",
+        input="Hello",
+        tools=[{"type": "function", **strict}, {"type": "function", **FREE["function"], "strict": False}],  # type: ignore[typeddict-item, list-item]
+        parallel_tool_calls=parallel,
+        temperature=0,
+        max_output_tokens=400,
+    )
+    assert response.output_text == "Let me see."
+    assert [item.arguments for item in response.output if item.type == "function_call"] == calls
+
+
+def test_a_strict_tool_need_not_be_called(client: OpenAI) -> None:
+    pytest.importorskip("xgrammar")
+    asked: Any = {"model": "nano", "messages": HELLO, "max_tokens": 30, "temperature": 0}
+    tool = openai.pydantic_function_tool(Weather)
+    loosened: Any = {**tool["function"], "strict": False}
+    free = client.chat.completions.create(**asked, tools=[{"type": "function", "function": loosened}])
+    held = client.chat.completions.create(**asked, tools=[tool])
+    assert held.choices[0].message.content == free.choices[0].message.content
+    with pytest.raises(openai.BadRequestError) as error:
+        loose: Any = {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}, "strict": True}
+        client.chat.completions.create(**asked, tools=[{"type": "function", "function": loose}])
+    assert error.value.param == "tools[0].function.parameters"
+
+
+def test_a_form_or_a_tool(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text has the form, unless a tool is called."""
+    pytest.importorskip("xgrammar")
+    asked: Any = {
+        "model": "nano",
+        "messages": HELLO,
+        "tools": [openai.pydantic_function_tool(Weather)],
+        "response_format": Pet,
+        "temperature": 0,
+        "max_tokens": 300,
+    }
+    wish(monkeypatch, '{"name": "<｜tool▁calls▁begin｜>", "kind": "fox", "age": 3}')
+    (choice,) = client.chat.completions.parse(**asked).choices
+    assert choice.finish_reason == "stop" and not choice.message.tool_calls
+    assert choice.message.parsed == Pet(name="<｜tool▁calls▁begin｜>", kind="fox", age=3)
+    wish(monkeypatch, CALLS_BEGIN, *WRONG, CALLS_END)
+    (choice,) = client.chat.completions.parse(**asked).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls or []
+    assert call.function.parsed_arguments == Weather(city="Rome", days=7)
+
+
 def test_what_a_tool_said_is_read(client: OpenAI) -> None:
     call = {
         "id": "call_1",
@@ -221,6 +351,32 @@ def test_responses(client: OpenAI) -> None:
     assert events[0].type == "response.created"
     assert events[-1].type in ("response.completed", "response.incomplete")
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+
+
+def test_logprobs_of_responses(client: OpenAI) -> None:
+    asked: Any = {
+        "model": "nano",
+        "input": "Hello",
+        "max_output_tokens": 8,
+        "temperature": 0,
+        "top_logprobs": 2,
+    }
+    asked["include"] = ["message.output_text.logprobs"]
+    response = client.responses.create(**asked)
+    (message,) = response.output
+    assert message.type == "message" and message.content[0].type == "output_text"
+    report = message.content[0].logprobs or []
+    assert "".join(token.token for token in report) == response.output_text
+    chat = client.chat.completions.create(
+        model="nano", messages=HELLO, max_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+    )
+    assert chat.choices[0].logprobs is not None and chat.choices[0].logprobs.content is not None
+    for token, other in zip(report, chat.choices[0].logprobs.content, strict=False):
+        assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [top.token for top in token.top_logprobs] == [top.token for top in other.top_logprobs]
+    streamed = client.responses.create(**asked, stream=True)
+    deltas = [event for event in streamed if event.type == "response.output_text.delta"]
+    assert [token.token for event in deltas for token in event.logprobs] == [token.token for token in report]
 
 
 def test_embeddings(client: OpenAI) -> None:

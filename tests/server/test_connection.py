@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -14,12 +15,13 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from dsv3.server.errors import ClientGone
 from dsv3.server.run import _most_connections
 from dsv3.server.settings import Settings
 from dsv3.server.sse import EventStream
-from tests.server.fakes import FakeEngine, chat
+from tests.server.fakes import FakeEngine, chat, tokenizer
 from tests.server.live import Live, live, read_until
 
 CHAT = "/v1/chat/completions"
@@ -122,6 +124,42 @@ def test_who_does_not_read_does_not_keep_his_place(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ClientGone):
         asyncio.run(run())
     assert closed[-1] == "connection"
+
+
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [(CHAT, chat("Hi")), ("/v1/completions", {"prompt": "Hi"}), ("/v1/responses", {"input": "Hi"})],
+)
+def test_a_stream_that_has_nothing_to_say_is_kept_alive(path: str, request_: dict[str, Any]) -> None:
+    """Proxies close connections that are silent; clients skip what begins with a colon."""
+    engine = FakeEngine(says="Hello there", finish="stop", delay=0.3)
+    with live(engine, keep_alive=0.05) as server:
+        found = read_until(server.send(path, {**request_, "stream": True}), b"\r\n0\r\n\r\n")
+    _, *chunks = re.sub(rb"\r\n[0-9a-f]+\r\n", b"\0", found.partition(b"\r\n\r\n")[2]).split(b"\0")
+    comments = [chunk for chunk in chunks if b"keep-alive" in chunk]
+    assert len(comments) > len(tokenizer().encode("Hello there"))
+    assert {comment.strip(b"\r\n") for comment in comments} == {b": keep-alive"}, "alone, not within an event"
+
+
+def test_openais_client_does_not_mind_comments() -> None:
+    engine = FakeEngine(says="Hello there", finish="stop", delay=0.2)
+    asked: Any = {"model": "dsv3", "stream": True}
+    with (
+        live(engine, keep_alive=0.02) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        chunks = client.chat.completions.create(**asked, messages=chat("Hi")["messages"])
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        events = client.responses.create(**asked, input="Hi")
+        answered = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert said == answered == "Hello there"
+
+
+@pytest.mark.parametrize(("delay", "seconds"), [(0.2, 0.0), (0.01, 5.0)])
+def test_a_stream_is_not_kept_alive_needlessly(delay: float, seconds: float) -> None:
+    with live(FakeEngine(says="Hello", delay=delay), keep_alive=seconds) as server:
+        found = read_until(server.send("/v1/completions", {"prompt": "Hi", "stream": True}), b"[DONE]")
+    assert b"keep-alive\n" not in found and found.count(b"data: ") > 2
 
 
 # Megabytes

@@ -38,12 +38,6 @@ def error(answer: Any) -> dict[str, Any]:
         (CHAT, chat(stop="a" * 1001), "stop", "invalid_value"),
         (
             CHAT,
-            chat(tools=[{**TOOL, "function": {"name": "f", "strict": True}}]),
-            "tools[0].function.strict",
-            "unsupported_parameter",
-        ),
-        (
-            CHAT,
             chat(chat_template_kwargs={"thinkng": True}),
             "chat_template_kwargs.thinkng",
             "unknown_parameter",
@@ -67,12 +61,6 @@ def error(answer: Any) -> dict[str, Any]:
             "invalid_value",
         ),
         (CHAT, chat(n=50, prompt_logprobs=100, logprobs=True, top_logprobs=20), "logprobs", "invalid_value"),
-        (
-            "/v1/responses",
-            {"input": "a", "tools": [{"type": "function", "name": "f", "strict": True}]},
-            "tools[0].strict",
-            "unsupported_parameter",
-        ),
         ("/v1/embeddings", {"input": ["a", ""]}, "input[1]", "invalid_value"),
         (
             "/tokenize",

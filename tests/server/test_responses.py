@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from dsv3.text.tools import ToolCall, write_calls
 from tests.server.fakes import FakeEngine, client, events, tokenizer
+from tests.text.toy import EOS
 
 PATH = "/v1/responses"
+CALLS = write_calls([ToolCall("f", '{"see": "Let me"}')])
 
 
 def ask(engine: FakeEngine | None = None, **request: Any) -> dict[str, Any]:
@@ -109,6 +112,64 @@ def test_what_the_model_thought_comes_back_with_its_turn(monkeypatch: pytest.Mon
     ask(FakeEngine(), input=items)
 
 
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+
+@pytest.mark.parametrize(
+    ("says", "content"),
+    [
+        ("Hello there, 林🦊 <fox>.", "Hello there, 林🦊 <fox>."),
+        ("<｜tool▁calls", "<｜tool▁calls"),
+        ("Let me <see>.\n" + CALLS, "Let me <see>.\n"),
+        (CALLS, None),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_logprobs_are_those_of_the_text(says: str, content: str | None, finish: str) -> None:
+    """The text's own tokens: no marker, no call, not the one that ended it."""
+    ended = says + EOS * (finish == "stop")
+    request = {"input": "Hi", "tools": [{"type": "function", "name": "f"}], **LOGPROBS}
+    whole = ask(FakeEngine(says=ended, finish=finish), **request)
+    with client(FakeEngine(says=ended, finish=finish)) as http:
+        found = [json.loads(e) for e in events(http.post(PATH, json={**request, "stream": True}).text)]
+    assert whole["top_logprobs"] == 2
+    parts = [item["content"][0] for item in whole["output"] if item["type"] == "message"]
+    assert [part["text"] for part in parts] == ([] if content is None else [content])
+    for part in parts:
+        assert b"".join(bytes(token["bytes"]) for token in part["logprobs"]).decode() == content
+        assert all(
+            token["logprob"] == -0.75 and len(token["top_logprobs"]) == 2 for token in part["logprobs"]
+        )
+        streamed = [e for e in found if e["type"] == "response.output_text.delta"]
+        assert [token for e in streamed for token in e["logprobs"]] == part["logprobs"]
+        (done,) = [e for e in found if e["type"] == "response.output_text.done"]
+        assert done["logprobs"] == part["logprobs"]
+    assert [item.get("content") for item in found[-1]["response"]["output"]] == [
+        item.get("content") for item in whole["output"]
+    ]
+    ask(input=[{"role": "user", "content": "Hi"}, *whole["output"], {"role": "user", "content": "And?"}])
+
+
+def test_reasoning_has_no_logprobs() -> None:
+    engine = FakeEngine(says="<think>It t</think>\n\nt, yes.", finish="length")
+    template = "{# <think> #}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    own = tokenizer()
+    engine.llm.tokenizer = type(own)(own.backend, own.special_tokens, chat_template=template)
+    thought, said = ask(engine, input="Hi", **LOGPROBS)["output"]
+    assert (thought["content"], said["content"][0]["text"]) == (
+        [{"type": "reasoning_text", "text": "It t"}],
+        "t, yes.",
+    )
+    assert b"".join(bytes(t["bytes"]) for t in said["content"][0]["logprobs"]) == b"t, yes."
+
+
+def test_without_being_asked_for_logprobs_are_empty() -> None:
+    engine = FakeEngine(says="Hello")
+    (item,) = ask(engine, input="Hi", include=[], top_logprobs=0)["output"]
+    assert item["content"][0]["logprobs"] == [] and engine.calls[0].params.logprobs is None
+
+
 @pytest.mark.parametrize(
     ("refused", "param"),
     [
@@ -118,7 +179,9 @@ def test_what_the_model_thought_comes_back_with_its_turn(monkeypatch: pytest.Mon
         ({"conversation": "conv_1"}, "conversation"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"truncation": "auto"}, "truncation"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ],
 )

@@ -107,7 +107,6 @@ def test_calls_may_be_required(choice: Any, several: bool) -> None:
         ({"tools": [{"type": "code_interpreter"}]}, "tools[0].type"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_wrong_tools_are_named(request_: dict[str, Any], param: str) -> None:
@@ -115,6 +114,56 @@ def test_wrong_tools_are_named(request_: dict[str, Any], param: str) -> None:
         answer = http.post(CHAT, json=chat(**request_))
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+JSON: dict[str, Any] = {"type": "json_object"}
+STRICT = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+
+
+@pytest.mark.parametrize(
+    ("more", "form"),
+    [
+        ({"tools": TOOLS}, None),
+        ({"tools": STRICT}, (False, True, False)),
+        ({"tools": STRICT, "tool_choice": "auto", "parallel_tool_calls": False}, (False, False, False)),
+        ({"tools": TOOLS, "parallel_tool_calls": False}, (False, False, False)),
+        ({"tools": TOOLS, "response_format": JSON}, (False, True, True)),
+        ({"tools": STRICT, "response_format": JSON, "tool_choice": "required"}, (True, True, False)),
+        ({"tools": STRICT, "tool_choice": "none"}, None),
+    ],
+)
+def test_what_an_answer_is_held_to(more: dict[str, Any], form: tuple[bool, ...] | None) -> None:
+    """The form: whether calls are required, whether there may be several, whether the text has a form."""
+    engine = FakeEngine(finish="stop")
+    with client(engine) as http:
+        assert http.post(CHAT, json=chat(**more)).status_code == 200
+        flat = [{"type": "function", **tool["function"]} for tool in more["tools"]]
+        asked = {**more, "input": "Hi", "tools": flat}
+        if "response_format" in asked:
+            asked["text"] = {"format": asked.pop("response_format")}
+        assert http.post("/v1/responses", json=asked).status_code == 200
+    for call in engine.calls:
+        structured = call.params.structured
+        if structured is None or form is None:
+            assert structured is form
+            continue
+        calls = structured.tool_calls
+        assert calls is not None
+        assert (calls.required, calls.several, structured.json_object) == form
+        assert [function.strict for function in calls.functions] == [more["tools"] is STRICT]
+
+
+def test_beside_a_form_what_does_not_begin_with_a_call_is_text() -> None:
+    asked = {"tools": TOOLS, "response_format": JSON}
+    text = json.dumps({"a": write_calls(CALLS)}, ensure_ascii=False)
+    for says, calls in ((text, 0), (write_calls(CALLS), 2)):
+        with client(FakeEngine(says=says, finish="stop")) as http:
+            (choice,) = http.post(CHAT, json=chat(**asked)).json()["choices"]
+            stream = http.post(CHAT, json=chat(**asked, stream=True)).text
+        assert len(choice["message"].get("tool_calls", ())) == calls
+        assert choice["message"]["content"] == (None if calls else text)
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events(stream)[:-1]]
+        assert "".join(delta.get("content") or "" for delta in deltas) == ("" if calls else text)
 
 
 THINKING = (

@@ -28,9 +28,9 @@ from dsv3.text.tools import (
     Content,
     Event,
     Function,
+    HeldCalls,
     Reasoning,
     ReasoningParser,
-    RequiredCalls,
     Style,
     ToolCall,
     ToolCallParser,
@@ -125,7 +125,12 @@ def merged(found: list[Event]) -> list[Event]:
     st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.lists(st.integers(0, 10_000), max_size=20)
 )
 def test_any_text_gives_the_same_events_however_it_is_cut(text: str, places: list[int]) -> None:
-    for make in (ToolCallParser, ReasoningParser, lambda: AnswerParser(opened=True, tools=True)):
+    for make in (
+        ToolCallParser,
+        ReasoningParser,
+        lambda: AnswerParser(opened=True, tools=True),
+        lambda: AnswerParser(opened=True, tools=True, instead=True),
+    ):
         whole = merged(events(make(), [text]))
         assert merged(events(make(), cut(text, places))) == whole
         assert merged(events(make(), text)) == whole, "one character at a time"
@@ -241,6 +246,29 @@ def test_an_answer_is_plain_text_unless_more_is_looked_for() -> None:
     assert isinstance(events(AnswerParser(reasoning=True), [text])[0], Reasoning)
 
 
+CALL = write_calls([ToolCall("f", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (f'{{"a": "{CALL}"}}', Answer(f'{{"a": "{CALL}"}}')),
+        (f" {CALL}", Answer(f" {CALL}")),
+        (CALL, Answer("", (ToolCall("f", '{"a": 1}'),))),
+        ("<｜tool▁calls▁beg", Answer("<｜tool▁calls▁beg")),
+        ("", Answer("")),
+    ],
+)
+def test_calls_in_place_of_content_begin_the_answer(text: str, answer: Answer) -> None:
+    for pieces in (text, [text]):
+        assert gather(events(AnswerParser(tools=True, instead=True), pieces)) == answer
+
+
+def test_calls_in_place_of_content_come_after_reasoning() -> None:
+    said = events(AnswerParser(opened=True, tools=True, instead=True), f"so</think>{CALL}")
+    assert gather(said) == Answer("", (ToolCall("f", '{"a": 1}'),), "so")
+
+
 def test_prompts_tell_whether_reasoning_is_open() -> None:
     assert reasoning_opened("<｜Assistant｜><think>\n") and reasoning_opened("<think>")
     assert not reasoning_opened("<｜Assistant｜></think>") and not reasoning_opened("<think> ?")
@@ -289,22 +317,27 @@ def test_tool_choice() -> None:
     for tools, choice in ((None, None), ([], "auto"), ([FIND], "none"), (None, "none")):
         assert tool_use(tools, choice) == ToolUse(None)
     for choice in (None, "auto"):
-        assert tool_use([FIND, NOW], choice) == ToolUse([FIND, NOW])
+        use = tool_use([FIND, NOW], choice)
+        assert use.shown == [FIND, NOW] and use.held is not None
+        assert use.held.free and not use.held.required
+    strict = {"type": "function", "function": {**FIND["function"], "strict": True}}
+    for tools, parallel in (([NOW, strict], True), ([NOW], False)):
+        held = tool_use(tools, "auto", parallel=parallel).held
+        assert held is not None and not held.free and not held.required and held.several is parallel
+        assert [function.strict for function in held.functions] == [False, True][: len(tools)]
 
-    required = tool_use([FIND, NOW], "required", "v3.1").required
+    required = tool_use([FIND, NOW], "required", "v3.1").held
     assert required is not None and required.style == "v3.1" and required.several
     assert [function.name for function in required.functions] == ["find", "now"]
     assert [json.loads(function.parameters) for function in required.functions] == [
         {"type": "object", "properties": {"where": {"type": "string"}}},
         {"type": "object", "properties": {}},
     ]
-    assert tool_use([FIND], "required", parallel=False).required == RequiredCalls(
-        required.functions[:1], "v3", False
-    )
+    assert tool_use([FIND], "required", parallel=False).held == HeldCalls(required.functions[:1], "v3", False)
 
     named = tool_use([FIND, NOW], {"type": "function", "function": {"name": "now"}})
     now = Function("now", '{"type": "object", "properties": {}}', "tools[1].function.parameters")
-    assert named == ToolUse([FIND, NOW], RequiredCalls((now,), "v3", several=False))
+    assert named == ToolUse([FIND, NOW], HeldCalls((now,), "v3", several=False))
 
 
 @pytest.mark.parametrize(
@@ -323,6 +356,7 @@ def test_tool_choice() -> None:
         ([FIND, FIND], None, r"tools\[1\].function.name is 'find', as that of another"),
         ([NOW] * 129, None, "129 entries"),
         ([{"type": "function", "function": {"name": "f", "description": 5}}], None, "description"),
+        ([{"type": "function", "function": {"name": "f", "strict": 1}}], None, "strict is 1"),
         (
             [{"type": "function", "function": {"name": "f", "parameters": []}}],
             None,

@@ -21,7 +21,7 @@ from dsv3.errors import UserError
 from dsv3.recipe import Recipe, load_recipe
 from dsv3.recipe.train import plan
 from dsv3.train import stages
-from dsv3.train.loop import backward, train
+from dsv3.train.loop import Loop, backward, train
 from dsv3.train.metrics import MetricsLog, read_metrics
 from dsv3.train.run import Run
 from dsv3.train.stages import Options, make_run, run_recipe
@@ -161,7 +161,7 @@ def test_stopped_anywhere_and_gone_on_ends_in_the_same_bits(
                 here.resume()
             part = dataclasses.replace(plan(r.phases[stage]), tokens=stop)
             with MetricsLog(here.folder, here.position.step) as log:
-                train(here, part, open_stream(data, r, stage), log, r.phases[stage].microbatch)
+                train(Loop(here, part, open_stream(data, r, stage), r.phases[stage].microbatch), log)
         return state_of(tmp_path / name, stage)
 
     whole = run("whole", [])

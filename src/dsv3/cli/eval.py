@@ -19,6 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from dsv3.engine.llm import LLM
+    from dsv3.eval.loads import LoadsResult
     from dsv3.eval.needle import NeedleResult
 
 
@@ -35,6 +36,7 @@ class Settings:
     haystack: Path | None
     data: Path | None
     window: int
+    text: Path | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,22 @@ def _bits_per_byte(llm: LLM, settings: Settings) -> Report:
     return Report(facts, table, lambda path: plot(bits, path, settings.model))
 
 
-TASKS: dict[str, Callable[[LLM, Settings], Report]] = {"needle": _needle, "bits-per-byte": _bits_per_byte}
+def _loads(llm: LLM, settings: Settings) -> Report:
+    from dsv3.eval.loads import expert_loads, plot
+
+    if settings.text is None:
+        raise typer.BadParameter("loads needs a text to read", param_hint="--text")
+    with _progress("expert loads") as progress:
+        result = expert_loads(llm, settings.text, settings.window, progress)
+    facts = {"text": str(settings.text)} | result.to_dict()
+    return Report(facts, _loads_table(result), lambda path: plot(result, path, settings.model))
+
+
+TASKS: dict[str, Callable[[LLM, Settings], Report]] = {
+    "needle": _needle,
+    "bits-per-byte": _bits_per_byte,
+    "loads": _loads,
+}
 
 
 def _tasks(value: str) -> list[str]:
@@ -130,7 +147,10 @@ def evaluate(
             help="bits-per-byte: what `dsv3 data build` wrote, for its held-out text.", metavar="DATA"
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="bits-per-byte: tokens seen at most.")] = 512,
+    window: Annotated[int, typer.Option(min=1, help="bits-per-byte, loads: tokens seen at most.")] = 512,
+    text: Annotated[
+        Path | None, typer.Option(help="loads: the text to read, UTF-8.", metavar="FILE.txt")
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Let it continue plain text: for base models, which do not chat.")
     ] = False,
@@ -141,7 +161,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or one GPU such as cuda:0.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
-    """Measure a model: how well it finds one sentence in a long text (needle), or predicts text (bits-per-byte)."""
+    """Measure a model: how well it finds one sentence in a long text (needle) or predicts text (bits-per-byte), and
+    how often it chooses each of its experts (loads)."""
     names = _tasks(tasks)
     settings = Settings(
         model,
@@ -153,6 +174,7 @@ def evaluate(
         haystack,
         data,
         window,
+        text,
     )
 
     from dsv3.engine.llm import LLM
@@ -207,3 +229,17 @@ def _needle_table(result: NeedleResult) -> Group:
         f"number ranks first      {first_mean:6.1%}   (chance {result.chance:.0%}, of {1 + result.distractors})",
         f"margin                  {result.mean('margin'):+6.2f}   nats per token (chance 0)",
     )
+
+
+def _loads_table(result: LoadsResult) -> Group:
+    """How uneven each layer is."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("layer", "busiest expert", "load", "least", "never chosen"):
+        table.add_column(column, justify="right")
+    for layer in result.layers:
+        loads = result.over_mean(layer)
+        unused = f"{loads.count(0)} of {len(loads)}"
+        busiest = loads.index(max(loads))
+        table.add_row(str(layer), str(busiest), f"{max(loads):.2f}", f"{min(loads):.2f}", unused)
+    heading = f"Loads of the experts over their mean: {result.tokens:,} tokens, {result.window} at a time"
+    return Group(Text(heading, style="bold"), "", table)

@@ -6,11 +6,10 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console, Group
 from rich.table import Table
-from rich.text import Text
 
+from dsv3.cli.tables import grid, table
 from dsv3.cli.units import count
 from dsv3.errors import size
 
@@ -104,35 +103,35 @@ def _architecture(model: str, summary: Summary) -> Table:
         shards = "1 file" if files.shards == 1 else f"{files.shards} files"
         rows["checkpoint"] = f"{files.format}, {size(files.nbytes)}, {files.tensors:,} tensors in {shards}"
         rows["folder"] = str(files.folder)
-    return _grid(model, rows)
+    return grid(model, rows)
 
 
 def _parameters(summary: Summary) -> Table:
-    table = _table("Parameters", "", "total", "active per token")
+    made = table("Parameters", "", "total", "active per token")
     parts = [part for part in summary.parts if part is not summary.mtp]
     for part in parts:
-        table.add_row(part.name, f"{part.total:,}", f"{part.active:,}", end_section=part is parts[-1])
-    table.add_row("main model", f"{summary.main.total:,}", f"{summary.main.active:,}", style="bold")
+        made.add_row(part.name, f"{part.total:,}", f"{part.active:,}", end_section=part is parts[-1])
+    made.add_row("main model", f"{summary.main.total:,}", f"{summary.main.active:,}", style="bold")
     if summary.mtp is not None:
-        table.add_row(summary.mtp.name, f"{summary.mtp.total:,}", f"{summary.mtp.active:,}")
-        table.add_row("together", f"{summary.with_mtp:,}")
-        table.add_row("as files count them", f"{summary.in_files:,}")
-        table.caption = "Files repeat embedding and head in each MTP module; in memory they are shared."
-    return table
+        made.add_row(summary.mtp.name, f"{summary.mtp.total:,}", f"{summary.mtp.active:,}")
+        made.add_row("together", f"{summary.with_mtp:,}")
+        made.add_row("as files count them", f"{summary.in_files:,}")
+        made.caption = "Files repeat embedding and head in each MTP module; in memory they are shared."
+    return made
 
 
 def _weights(summary: Summary, pools: list[Pool]) -> Table:
     columns = [f"in {size(pool.free)} of free {pool.name}" for pool in pools]
-    table = _table("Weights: in memory without MTP, on disk with it", "", "memory", "disk", *columns)
+    made = table("Weights: in memory without MTP, on disk with it", "", "memory", "disk", *columns)
     for weights in summary.weights:
         disk = "" if weights.disk is None else size(weights.disk)
         name = f"{weights.format}{' (estimate)' if weights.disk is None else ''}"
-        table.add_row(name, size(weights.memory), disk, *(_fits(summary, weights, pool) for pool in pools))
-    table.caption = (
+        made.add_row(name, size(weights.memory), disk, *(_fits(summary, weights, pool) for pool in pools))
+    made.caption = (
         "Memory: what is loaded to generate. Disk: released files, with MTP and its copies. dsv3 runs models in "
         "fp32 or bf16, whatever they are stored in; half of what is then free is for the cache."
     )
-    return table
+    return made
 
 
 def _fits(summary: Summary, weights: Weights, pool: Pool) -> str:
@@ -149,21 +148,4 @@ def _cache(summary: Summary) -> Table:
     for length in sorted({LONG, longest}):
         name = "128K tokens" if length == LONG else f"{length:,} tokens"
         rows[name] = size(length * per_token) + (", beyond its context" if length > longest else "")
-    return _grid("Latent cache in bf16", rows)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.box, table.show_edge, table.pad_edge = box.SIMPLE_HEAD, False, False
-    table.caption_justify, table.caption_style = "left", "dim"
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
-def _grid(title: str, rows: dict[str, str]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.title, grid.title_justify, grid.title_style = title, "left", "bold"
-    for name, value in rows.items():
-        grid.add_row(Text(name, style="dim"), Text(value))
-    return grid
+    return grid("Latent cache in bf16", rows)

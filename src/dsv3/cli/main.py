@@ -25,6 +25,7 @@ from dsv3.cli.data import app as data
 from dsv3.cli.eval import evaluate
 from dsv3.cli.inspect import inspect
 from dsv3.cli.keys import app as keys
+from dsv3.cli.plan import plan
 from dsv3.cli.serve import serve
 from dsv3.cli.tokenizer import app as tokenizer
 from dsv3.cli.train import train
@@ -53,6 +54,7 @@ app.command("eval", epilog="Example: dsv3 eval nano --tasks needle --lengths 512
 app.command(epilog="Example: dsv3 convert ./DeepSeek-V3 ./DeepSeek-V3-bf16 --to hf-bf16")(convert)
 app.add_typer(data, name="data", epilog="Example: dsv3 data build recipes/nano.yaml --material ./material")
 app.add_typer(tokenizer, name="tokenizer", epilog="Example: dsv3 tokenizer report nano -i ./books")
+app.command(epilog="Example: dsv3 plan v3-671b --fit --gpu '2x rtx4090' --ram 256GB")(plan)
 app.command(epilog="Example: dsv3 train recipes/nano.yaml --material ./material")(train)
 
 

@@ -77,6 +77,9 @@ def serve(
     max_waiting: Annotated[int, _limits("Answers that may wait for a place.", min=1)] = 1024,
     max_body: Annotated[int, _limits("Longest request, in bytes.", min=1024)] = 4 * 2**20,
     request_timeout: Annotated[float, _limits("Seconds until an answer must be complete.", min=0.1)] = 600.0,
+    keep_alive: Annotated[
+        float, _limits("Seconds after which a silent stream gets a comment; 0: never.", min=0)
+    ] = 15.0,
     access_log: Annotated[
         bool,
         _logs("--access-log/--no-access-log", help="A line of JSON for each request, on standard output."),
@@ -102,6 +105,7 @@ def serve(
         max_concurrent=max_concurrent,
         max_body=max_body,
         request_timeout=request_timeout,
+        keep_alive=keep_alive,
         cors_origins=tuple(cors_origin or ()),
         tls_cert=tls_cert,
         tls_key=tls_key,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +46,19 @@ def train(
         typer.Option("--compile/--no-compile", help="Fuse operations (default: where a C++ compiler is)."),
     ] = None,
     save_every: Annotated[float, typer.Option(help="Seconds between saves.")] = 240.0,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes on this machine, laid out by the recipe's `parallel`; without one, data parallel.",
+        ),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How often they start again after one was killed, died or hung.")
+    ] = 3,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds after which a process that does not move is given up.")
+    ] = 300.0,
 ) -> None:
     """Train a model by a recipe: pretraining, context extension, chat tuning, and a checkpoint at the end.
 
@@ -51,8 +68,20 @@ def train(
     import yaml
 
     from dsv3.errors import UserError
-    from dsv3.recipe import load_recipe
+    from dsv3.parallel.launch import in_torchrun, launch, worker
+    from dsv3.parallel.watch import agree, code_facts
+    from dsv3.recipe import Layout, load_recipe
     from dsv3.train.stages import Options, check, run_recipe, say
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def data_digest(folder: Path) -> str:
+        """Of the data's table of contents, which has a checksum of every file."""
+        try:
+            return digest((folder / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no tokens: build them first, with dsv3 data build") from None
 
     changes = {}
     for item in change or []:
@@ -77,11 +106,26 @@ def train(
     if compile is None:
         compile = device != "cpu" or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
     read = load_recipe(recipe, changes)
+    inside = in_torchrun()
+    processes = int(os.environ["WORLD_SIZE"]) if inside else nproc or 1
+    if read.parallel == Layout() and processes > 1:
+        read = dataclasses.replace(read, parallel=Layout(data=processes))
+    if read.parallel.world != processes:
+        raise UserError(
+            f"{recipe} is laid out for {read.parallel.world} processes, and there are {processes}: give --nproc "
+            f"{read.parallel.world}, start it with torchrun, or change `parallel`"
+        )
     out = out or Path("runs") / read.name
     data = data or out / "data"
     options = Options(device, compile, save_every, scale, init)
-    check(read, out, stage, options)
     try:
+        if inside:
+            with worker(device, timeout) as (own, _):
+                facts = code_facts() | {"the recipe": digest(repr(read)), "the data": data_digest(data)}
+                agree(facts | {"the options": f"--stage {stage} --scale {scale} --init {init}"})
+                run_recipe(read, data, out, stage, dataclasses.replace(options, device=own))
+            return
+        check(read, out, stage, options)
         if not (data / "manifest.json").exists():
             try:
                 from dsv3.data.build import build
@@ -89,7 +133,10 @@ def train(
                 raise UserError(f"{missing}: pip install 'dsv3[train]'") from None
             say(f"{data} holds no tokens yet: building them")
             build(read.data, material, data)
-        run_recipe(read, data, out, stage, options)
+        if processes == 1:
+            run_recipe(read, data, out, stage, options)
+            return
     except KeyboardInterrupt:
         say("interrupted: the same command goes on from the last save")
         raise typer.Exit(130) from None
+    raise typer.Exit(launch(processes, ["-m", "dsv3", *sys.argv[1:]], restarts))

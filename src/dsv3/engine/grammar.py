@@ -1,6 +1,7 @@
 """Structured output: answers that have a given form, whatever the model would rather say.
 
 A form (a JSON schema, a regular expression, a grammar, one of some texts, a tool call) is compiled into a grammar.
+Calls that need not be made are a form too: any text, or text of a form, in which a call cannot but be a right one.
 While an answer is written, the grammar is followed token by token, and before each choice every token that cannot come
 next gets the logit -inf. What ends an answer is a token too, allowed only where the form is complete: so an answer that
 ends by itself has the form, and one that max_tokens cuts off is the beginning of such a text.
@@ -46,9 +47,11 @@ from dsv3.text.tools import (
     CALL_END,
     CALLS_BEGIN,
     CALLS_END,
+    READABLE,
     SEPARATOR,
+    THINK_BEGIN,
     THINK_END,
-    RequiredCalls,
+    HeldCalls,
 )
 
 SECONDS = 10.0
@@ -69,7 +72,9 @@ GRACE, SHARE = 2.0, 0.02
 
 @dataclass(frozen=True)
 class StructuredOutput:
-    """The form of an answer: exactly one of these. Raises UserError for none or several, or a wrong type."""
+    """The form of an answer: exactly one of these. Raises UserError for none or several, or a wrong type.
+
+    Calls that are not required may stand beside another: the answer then is of that form, or calls."""
 
     json_schema: str | None = None
     """JSON that fits this schema, which is JSON text itself."""
@@ -81,8 +86,8 @@ class StructuredOutput:
     """A text of this grammar, in EBNF as xgrammar reads it (llama.cpp's GBNF); it begins at the rule `root`."""
     choice: tuple[str, ...] | None = None
     """One of these texts; given as any sequence, stored as a tuple."""
-    tool_calls: RequiredCalls | None = None
-    """Calls of tools and nothing else."""
+    tool_calls: HeldCalls | None = None
+    """Calls of tools and nothing else; where they are not required, a text that may end in them."""
     after_reasoning: bool = False
     """Not a form: the form begins after `</think>`, and before that any text may come."""
 
@@ -91,7 +96,9 @@ class StructuredOutput:
             object.__setattr__(self, "choice", tuple(self.choice))
         given = [field.name for field in fields(self)[:-1] if getattr(self, field.name) not in (None, False)]
         names = ", ".join(field.name for field in fields(self)[:-1])
-        if len(given) != 1:
+        calls = self.tool_calls
+        optional = isinstance(calls, HeldCalls) and not calls.required
+        if len(given) != 1 and not (optional and len(given) == 2):
             what = " and ".join(given) or "none of them"
             raise UserError(f"structured output needs exactly one of {names}: it has {what}")
         value = getattr(self, self.name)
@@ -99,8 +106,8 @@ class StructuredOutput:
             _check_text(value, self.name)
         elif self.name == "json_object" and value is not True:
             raise UserError(f"json_object is {value!r}: it must be True or False")
-        elif self.name == "tool_calls" and not isinstance(value, RequiredCalls):
-            raise UserError(f"tool_calls is a {type(value).__name__}: it must be RequiredCalls")
+        elif self.name == "tool_calls" and not isinstance(calls, HeldCalls):
+            raise UserError(f"tool_calls is a {type(calls).__name__}: it must be HeldCalls")
         elif self.name == "choice":
             if not isinstance(value, tuple) or not value:
                 raise UserError(f"choice is {value!r}: it must be a list of at least one text")
@@ -111,7 +118,7 @@ class StructuredOutput:
 
     @property
     def name(self) -> str:
-        """Which of the forms it is."""
+        """Which of the forms it is, that of the text where there may be calls instead."""
         return next(f.name for f in fields(self) if getattr(self, f.name) not in (None, False))
 
 
@@ -265,7 +272,7 @@ class _Vocabulary:
         self.end_ids = end_ids
         marked = {i for i in tokenizer.control_ids if i < vocab_size}
         self.markers = marked & tokenizer.readable_ids
-        self.ids = {text: tokenizer.backend.token_to_id(text) for text in (*_CALL_MARKERS, THINK_END)}
+        self.ids = {text: tokenizer.backend.token_to_id(text) for text in READABLE}
         known = [tokenizer.token_bytes(i) for i in range(vocab_size)]
         text = {i for i, token in enumerate(known) if token} - marked - end_ids
         self.text = _bits(text, vocab_size)
@@ -300,42 +307,48 @@ class _Vocabulary:
         allowed = self.text | self.ends
         if spec.tool_calls is not None:
             allowed |= _bits(self.markers, self.size)
+            think_end = None  # the grammar has it
         grammar = CompiledGrammar(self, compiled, allowed, think_end)
         if Matcher(grammar, begun=True).failed:
             raise UserError(f"{spec.name}: no text has this form")
         return grammar
 
     def _compile(self, spec: StructuredOutput) -> Any:
-        if spec.json_schema is not None:
-            return self._json(spec.json_schema)
-        if spec.regex is not None:
-            check_regex(spec.regex, "regex")
-            return self._compiler.compile_regex(spec.regex)
-        if spec.grammar is not None:
-            _check_grammar(spec.grammar)
-            return self._compiler.compile_grammar(spec.grammar)
-        if spec.choice is not None:
-            return self._compiler.compile_grammar("root ::= " + " | ".join(map(_literal, spec.choice)))
-        if spec.tool_calls is not None:
-            rules: list[str] = []
-            tag = _calls(spec.tool_calls, self.ids, rules)
-            return self._with_rules(self.xgrammar.Grammar.from_structural_tag(json.dumps(tag)), rules)
-        return self._json('{"type": "object"}')
-
-    def _json(self, schema: str) -> Any:
         rules: list[str] = []
-        schema = read_schema(schema, "json_schema", rules)
-        return self._with_rules(
-            self.xgrammar.Grammar.from_json_schema(schema, max_whitespace_cnt=WHITE_SPACE), rules
-        )
-
-    def _with_rules(self, grammar: Any, rules: list[str]) -> Any:
-        """The grammar with our rules for its strings in place of xgrammar's, see `dsv3.engine.schema`."""
+        grammar = self._text(spec, rules)
+        if spec.tool_calls is not None:
+            calls = self._tagged(_calls(spec.tool_calls, grammar is not None, self.ids, rules))
+            grammar = calls if grammar is None else self.xgrammar.Grammar.union(grammar, calls)
+            if spec.after_reasoning:
+                before = self._tagged(_row(_NO_CALLS, _marker(THINK_END, self.ids)))
+                grammar = self.xgrammar.Grammar.concat(before, grammar)
         if not rules:
             return self._compiler.compile_grammar(grammar)
+        # Our rules for strings in place of xgrammar's, see `dsv3.engine.schema`.
         text = _RULE.sub(r"dsv3_\1", str(grammar))
         ours = [rule.replace("@", f"dsv3_{i}") for i, rule in enumerate(rules)]
         return self._compiler.compile_grammar("\n".join([text, *ours]))
+
+    def _text(self, spec: StructuredOutput, rules: list[str]) -> Any:
+        """The grammar of all but calls; None if there is nothing else. rules: see `read_schema`."""
+        grammars = self.xgrammar.Grammar
+        if spec.regex is not None:
+            check_regex(spec.regex, "regex")
+            return grammars.from_regex(spec.regex)
+        if spec.grammar is not None:
+            _check_grammar(spec.grammar)
+            return grammars.from_ebnf(spec.grammar)
+        if spec.choice is not None:
+            return grammars.from_ebnf("root ::= " + " | ".join(map(_literal, spec.choice)))
+        if spec.json_schema is None and not spec.json_object:
+            return None
+        schema = '{"type": "object"}' if spec.json_schema is None else spec.json_schema
+        schema = read_schema(schema, "json_schema", rules)
+        return grammars.from_json_schema(schema, max_whitespace_cnt=WHITE_SPACE)
+
+    def _tagged(self, format: dict[str, Any]) -> Any:
+        tag = {"type": "structural_tag", "format": format}
+        return self.xgrammar.Grammar.from_structural_tag(json.dumps(tag))
 
 
 _RULE = re.compile(r'Regex\("' + RULE.format(r"(\d+)") + r'", json_string=true\)')
@@ -483,54 +496,79 @@ def _bits(ids: Iterable[int], size: int) -> Tensor:
 
 # Forms as xgrammar takes them ------------------------------------------------------------------------------
 
-_CALL_MARKERS = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
+
+def _row(*elements: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "sequence", "elements": list(elements)}
 
 
-def _calls(required: RequiredCalls, ids: dict[str, int | None], rules: list[str]) -> dict[str, Any]:
-    """Tool calls as xgrammar's structural tag: markers by their ids where they are tokens, arguments by schemas.
+def _const(value: str) -> dict[str, Any]:
+    return {"type": "const_string", "value": value}
+
+
+def _marker(value: str, ids: dict[str, int | None]) -> dict[str, Any]:
+    """By its id where it is a token."""
+    return _const(value) if ids[value] is None else {"type": "token", "token": ids[value]}
+
+
+def _without(start: str) -> str:
+    """EBNF of any text in which this does not occur; its first character must be nowhere else in it.
+
+    Each rule is a place in it: what goes on as it does not leads back to plain text, and so does what begins anew."""
+    first = start[0]
+    rules = [f'root ::= [^{first}]* ("{first}" at1)*']
+    for i, char in enumerate(start[1:], 1):
+        further = f' | "{char}" at{i + 1}' if i < len(start) - 1 else ""
+        rules.append(f'at{i} ::= "" | [^{first}{char}] [^{first}]*{further}')
+    return "\n".join(rules)
+
+
+_NO_CALLS = {"type": "grammar", "grammar": _without("<｜tool▁call")}
+"""Any text without the beginning of CALLS_BEGIN and CALL_BEGIN: spelled as text, they begin a call to the parser too."""
+
+
+def _calls(held: HeldCalls, instead: bool, ids: dict[str, int | None], rules: list[str]) -> dict[str, Any]:
+    """Tool calls as xgrammar's structural tag, markers by their ids where they are tokens, arguments by schemas; and the
+    text before those that are not required, unless they come instead of one.
 
     rules: see `read_schema`."""
-
-    def text(value: str) -> dict[str, Any]:
-        return {"type": "const_string", "value": value}
-
-    def marker(value: str) -> dict[str, Any]:
-        return text(value) if ids[value] is None else {"type": "token", "token": ids[value]}
-
-    def row(*elements: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "sequence", "elements": list(elements)}
-
-    if not required.functions:
+    if not held.functions:
         raise UserError("tool_calls has no functions: give at least one")
     calls = []
     size = 0
-    for function in required.functions:
-        schema = read_schema(function.parameters, function.place, rules)
+    for function in held.functions:
+        binding = held.required or function.strict
+        parameters = function.parameters if binding else '{"type": "object"}'
+        schema = read_schema(parameters, function.place, rules, function.strict)
         size += len(schema)
         arguments = {
             "type": "json_schema",
             "json_schema": json.loads(schema),
             "max_whitespace_cnt": WHITE_SPACE,
         }
-        if required.style == "v3":
-            head = [text("function"), marker(SEPARATOR), text(f"{function.name}\n```json\n")]
-            call = row(marker(CALL_BEGIN), *head, arguments, text("\n```"), marker(CALL_END))
+        separator = _marker(SEPARATOR, ids)
+        if held.style == "v3":
+            head = [_const("function"), separator, _const(f"{function.name}\n```json\n")]
+            call = [*head, arguments, _const("\n```")]
         else:
-            call = row(
-                marker(CALL_BEGIN), text(function.name), marker(SEPARATOR), arguments, marker(CALL_END)
-            )
-        calls.append(call)
+            call = [_const(function.name), separator, arguments]
+        calls.append(_row(_marker(CALL_BEGIN, ids), *call, _marker(CALL_END, ids)))
     if size > MAX_CHARS:
         raise UserError(
             f"tools: their parameters have {size:,} characters: make it {MAX_CHARS:,} at most in all"
         )
     one = calls[0] if len(calls) == 1 else {"type": "or", "elements": calls}
-    more = row(text("\n"), one) if required.style == "v3" else one
-    rest = [{"type": "star", "content": more}] if required.several else []
-    return {
-        "type": "structural_tag",
-        "format": row(marker(CALLS_BEGIN), one, *rest, marker(CALLS_END)),
-    }
+    more = _row(_const("\n"), one) if held.style == "v3" else one
+    rest = [{"type": "star", "content": more}] if held.several else []
+    whole = _row(_marker(CALLS_BEGIN, ids), one, *rest, _marker(CALLS_END, ids))
+    if held.required or instead:
+        return whole
+    # A model may begin to reason by itself.
+    think = [_marker(THINK_BEGIN, ids), _NO_CALLS, _marker(THINK_END, ids)]
+    return _row(_optional(_row(*think)), _NO_CALLS, _optional(whole))
+
+
+def _optional(format: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "optional", "content": format}
 
 
 def _literal(text: str) -> str:

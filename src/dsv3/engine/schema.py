@@ -74,12 +74,13 @@ _IMPOSSIBLE = (
 _DEFINITIONS = ("$defs", "definitions")
 
 
-def read_schema(text: str, name: str, rules: list[str]) -> str:
+def read_schema(text: str, name: str, rules: list[str], strict: bool = False) -> str:
     """The schema as JSON text that xgrammar turns into what was meant.
 
     name: what to call it in messages. rules: gets a rule of xgrammar's EBNF, named `@`, for each kind of string that
-    the schema describes; in place of the ith, the schema has the pattern `RULE.format(i)`. Raises UserError for text that is no JSON, is too large or too deep, is no
-    schema, or asks for what a grammar cannot hold.
+    the schema describes; in place of the ith, the schema has the pattern `RULE.format(i)`. strict: objects must be as OpenAI's strict mode asks: every property
+    required, and no others allowed. Raises UserError for text that is no JSON, is too large or too deep, is no schema, or
+    asks for what a grammar cannot hold.
     """
     if len(text) > MAX_CHARS:
         raise UserError(f"{name} has {len(text):,} characters: make it {MAX_CHARS:,} at most")
@@ -93,7 +94,7 @@ def read_schema(text: str, name: str, rules: list[str]) -> str:
         raise UserError(f"{name} is not JSON: {error}") from None
     if depth > MAX_DEPTH:
         raise UserError(f"{name} nests deeper than {MAX_DEPTH} levels: make it flatter")
-    return json.dumps(_Reader(name, rules).schema(schema, "$"), ensure_ascii=False)
+    return json.dumps(_Reader(name, rules, strict).schema(schema, "$"), ensure_ascii=False)
 
 
 def _no_number(text: str) -> NoReturn:
@@ -122,9 +123,10 @@ def _depth(value: Any) -> int:
 class _Reader:
     """Walks through a schema; `place` is where, as a JSON path."""
 
-    def __init__(self, name: str, rules: list[str]) -> None:
+    def __init__(self, name: str, rules: list[str], strict: bool) -> None:
         self._name = name
         self._rules = rules
+        self._strict = strict
 
     def _fail(self, place: str, problem: str) -> NoReturn:
         raise UserError(f"{self._name}: at {place}, {problem}")
@@ -301,6 +303,16 @@ class _Reader:
         required = node.get("required", [])
         if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
             self._fail(place, f"required is {_short(required)}: it must be a list of names")
+        if self._strict:
+            if node.get("additionalProperties") is not False:
+                self._fail(place, "strict needs 'additionalProperties': false: write it, or leave strict out")
+            for key in node.get("properties", {}):
+                if key not in required:
+                    self._fail(
+                        place,
+                        f"strict needs every property in 'required', and {key!r} is not: add it (its type may be a list "
+                        "with 'null'), or leave strict out",
+                    )
         # Of a key that is described nowhere the grammar would not know that it must come.
         others = node.get("additionalProperties", True)
         for key in required:

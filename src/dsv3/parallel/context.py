@@ -41,12 +41,8 @@ from dsv3.kernels.attention import causal_attention
 from dsv3.model import FlatBatch, Transformer
 from dsv3.model.attention import LatentAttention
 from dsv3.model.rope import Rope
-from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.mesh import Mesh, all_gather, reduce_scatter
 from dsv3.parallel.overlap import pause
-
-# torch 2.13 gave these new names and warns of the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def zigzag(seq: int, parts: int) -> list[Tensor]:
@@ -120,7 +116,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         out = x.new_empty(dist.get_world_size(group), *x.shape)
-        work = _all_gather(out.flatten(0, 1), x.contiguous(), group=group, async_op=True)
+        work = all_gather(out.flatten(0, 1), x.contiguous(), group=group, async_op=True)
         pause()
         work.wait()
         return out
@@ -130,7 +126,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].contiguous()
         out = torch.empty_like(grad[0])
-        work = _reduce_scatter(out, grad.flatten(0, 1), group=ctx.group, async_op=True)
+        work = reduce_scatter(out, grad.flatten(0, 1), group=ctx.group, async_op=True)
         pause()
         work.wait()
         return out, None

@@ -1,8 +1,9 @@
 """Expert parallelism: each process holds some of a layer's experts, and tokens travel to them and back (section 3.2.2).
 
 A process sends each of its tokens once to every process that holds one of the token's experts, with the numbers of
-those experts and their weights. There the experts' outputs are weighed and added up, so that one row a token comes
-back, and what comes back from several processes is added up again.
+its experts and their weights. There the experts' outputs are weighed and added up, so that one row a token comes
+back, and what comes back from several processes is added up again. Shared experts, which every process has, work on
+a process's own tokens while these travel.
 
 Between machines the network is slower than within, so there are two hops where an expert group lies on several nodes:
 a token crosses to a node once, however many of its experts are there, to the process at the same place of that node,
@@ -11,12 +12,16 @@ admits `topk_group` groups of experts, of which each lies on one node, bounds th
 
 With `dispatch: fp8` tokens travel to their experts in FP8, in tiles of 128 channels whose scales are powers of two, and
 so do, in the backward pass, the gradients of what the experts gave; what is added up travels as it was computed.
+FP8 experts (`dsv3.train.fp8`) round their input to the same tiles, which changes nothing that has come in them.
+
+Gate and shared experts are replicated. Experts see the tokens of all processes of the group, so their gradients are
+sums over the group as they are. DeepEP's kernels, which do a hop's copying and sending in one, are not used yet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -24,139 +29,131 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from dsv3.model.moe import Experts, MoE
+from dsv3.model.moe import MoE, Routing
+from dsv3.parallel.exchange import Route, Wire, add_rows, gather, scatter
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.overlap import pause
-from dsv3.quant import dequantize_tiles, quantize_tiles
 
 
 def own_experts(mesh: Mesh, experts: int) -> slice:
     """The experts of a layer of so many that this process holds."""
-    each = experts // mesh.layout.expert
+    each, rest = divmod(experts, mesh.layout.expert)
+    assert not rest, f"{experts} experts cannot be divided over {mesh.layout.expert} processes"
     return slice(mesh.expert * each, (mesh.expert + 1) * each)
 
 
-def apply_expert_parallel(model: nn.Module, mesh: Mesh, dispatch: str = "bf16") -> None:
-    """Make each layer's routed experts of a model those of this process, in place. After `apply_fp8`.
+def apply_expert_parallel(model: nn.Module, mesh: Mesh, dispatch: Literal["fp8", "bf16"] = "bf16") -> None:
+    """Make each layer's routed experts of a model those of this process, in place: names and hooks stay.
 
-    Stacks that are whole are cut; those that have this process's experts only are taken as they are.
+    Stacks that are whole are cut, into parameters of their own; those that have this process's experts only are taken
+    as they are. dispatch: what tokens travel as; bf16 is the dtype they are computed in. Before or after `apply_fp8`,
+    `apply_recompute` and `apply_deferral`, and before there is an optimiser.
     """
+    if mesh.layout.expert == 1:
+        return
     for module in model.modules():
         if isinstance(module, MoE):
-            experts, kind = module.experts, type(module.experts)
-            experts.__class__ = type(f"Parallel{kind.__name__}", (_ParallelExperts, kind), {})
-            cast(_ParallelExperts, experts).spread(mesh, len(module.gate.weight), dispatch == "fp8")
-
-
-class _ParallelExperts(Experts):
-    """The experts of one process, for the tokens of all."""
-
-    def spread(self, mesh: Mesh, total: int, fp8: bool) -> None:
-        layout = mesh.layout
-        mine = own_experts(mesh, total)
-        for name in ("gate_up_proj", "down_proj"):
-            whole = getattr(self, name)
-            if whole.shape[0] == total and layout.expert > 1:
-                setattr(self, name, nn.Parameter(whole.detach()[mine].clone()))
-        self.fp8 = fp8
-        # The groups of each hop, and how many experts lie behind each of its members.
-        self.hops = [(mesh.local_group, total // layout.expert)]
-        if layout.nodes > 1:
-            self.hops.insert(0, (mesh.node_group, total // layout.nodes))
-
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """x: [tokens, hidden], indices and weights: [tokens, chosen] over all experts. Returns [tokens, hidden]."""
-        return self._hop(0, x, indices, weights)
-
-    def _hop(self, n: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """indices: numbers among the experts that lie behind this process and its group, -1 for one elsewhere."""
-        if n == len(self.hops):
-            return self._compute(x, indices, weights)
-        group, behind = self.hops[n]
-        route = _Route.of(indices, behind, group)
-        indices = route.there(indices, behind)
-        weights = _exchange(weights[route.tokens], route)
-        rows = _exchange(x[route.tokens], route, fp8=self.fp8)
-        out = self._hop(n + 1, rows, indices, weights)
-        back = _exchange(out, route, back=True, fp8_gradient=self.fp8)
-        return torch.zeros_like(x).index_add(0, route.tokens, back)
-
-    def _compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """What this process's experts make of rows, each of which chose at least one of them."""
-        row, choice = (indices >= 0).nonzero(as_tuple=True)
-        chosen = indices[row, choice].unsqueeze(1), weights[row, choice].unsqueeze(1)
-        out = super().forward(x[row], *chosen)
-        return torch.zeros_like(x).index_add(0, row, out)
+            module.__class__ = ParallelMoE
+            cast(ParallelMoE, module).spread(mesh, dispatch)
 
 
 @dataclass(frozen=True)
-class _Route:
-    """Which of this process's rows go to whom in a group, and how many come."""
+class Hop:
+    """A group that tokens are handed on in."""
 
     group: ProcessGroup
-    tokens: Tensor
-    """[sent]: for each row sent, which one it is, ordered by who gets it."""
-    owners: Tensor
-    """[sent]: who gets it."""
-    sent: list[int]
-    come: list[int]
+    behind: int
+    """Experts that are reached through each of its members: the first has those from 0 on, and so on."""
 
-    @classmethod
-    def of(cls, indices: Tensor, behind: int, group: ProcessGroup) -> _Route:
-        members = dist.get_world_size(group)
-        owner = torch.where(indices < 0, members, indices.div(behind, rounding_mode="floor"))
-        wanted = torch.zeros(indices.shape[0], members + 1, dtype=torch.bool, device=indices.device)
-        wanted.scatter_(1, owner, True)
-        wanted = wanted[:, :members].T
-        owners, tokens = wanted.nonzero(as_tuple=True)
-        sent = wanted.sum(1)
-        come = torch.empty_like(sent)
-        dist.all_to_all_single(come, sent, group=group)
-        both: list[list[int]] = torch.stack((sent, come)).tolist()  # on a GPU the host waits here
-        return cls(group, tokens, owners, *both)
+    def wanted(self, numbers: Tensor) -> Tensor:
+        """How many of a row's experts, [rows, chosen] with -1 for none, are behind each member: [rows, members]."""
+        members = dist.get_world_size(self.group)
+        owner = torch.where(numbers < 0, members, numbers.div(self.behind, rounding_mode="floor"))
+        wanted = numbers.new_zeros(len(numbers), members + 1)
+        return wanted.scatter_add_(1, owner, torch.ones_like(owner))[:, :members]
 
-    def there(self, indices: Tensor, behind: int) -> Tensor:
-        """The choices of the rows that come, as numbers among the experts behind this process; -1 for others."""
-        chosen = indices[self.tokens] - (self.owners * behind).unsqueeze(1)
-        chosen = torch.where((chosen >= 0) & (chosen < behind), chosen, -1)
-        return self.move(chosen, False)
+    def behind_here(self, numbers: Tensor) -> Tensor:
+        """The same experts, counted from the first of those behind this process; -1 for those elsewhere."""
+        numbers = numbers - dist.get_rank(self.group) * self.behind
+        return torch.where((numbers >= 0) & (numbers < self.behind), numbers, -1)
 
-    def move(self, x: Tensor, back: bool) -> Tensor:
-        """Rows to whom they are for, or, back, rows of whom they came from. Others may compute meanwhile."""
-        sent, come = (self.come, self.sent) if back else (self.sent, self.come)
-        out = x.new_empty(sum(come), *x.shape[1:])
-        work = dist.all_to_all_single(out, x.contiguous(), come, sent, group=self.group, async_op=True)
-        pause()
-        work.wait()
+
+class ParallelMoE(MoE):
+    """A layer whose `experts` are a process's own, for tokens of all."""
+
+    hops: tuple[Hop, ...]
+    dispatch: Wire
+    routes: tuple[Route, ...] = ()
+    """Of the latest forward pass: the way over each hop, where one can see what was sent."""
+
+    def spread(self, mesh: Mesh, dispatch: Literal["fp8", "bf16"]) -> None:
+        """Hold this process's experts only."""
+        layout, total = mesh.layout, len(self.gate.weight)
+        mine = own_experts(mesh, total)
+        for name in ("gate_up_proj", "down_proj"):
+            stack: nn.Parameter = getattr(self.experts, name)
+            if len(stack) == total:
+                own = nn.Parameter(stack.detach()[mine].clone(), stack.requires_grad)
+                setattr(self.experts, name, own)
+        self.dispatch = "fp8" if dispatch == "fp8" else "plain"
+        hops = Hop(mesh.node_group, total // layout.nodes), Hop(mesh.local_group, total // layout.expert)
+        self.hops = tuple(hop for hop in hops if dist.get_world_size(hop.group) > 1)
+
+    def forward(self, x: Tensor, routing: list[Routing] | None = None) -> Tensor:
+        """x: [..., hidden], this process's tokens. As `MoE.forward`; all processes of the expert group call it."""
+        flat = x.reshape(-1, x.shape[-1])
+        scores, numbers, weights = self.gate(flat)
+        if routing is not None:
+            routing.append(Routing(self.layer, scores, numbers))
+        rows, shared, routes = flat, None, list[Route]()
+        for hop in self.hops:
+            route = Route.of(hop.wanted(numbers), hop.group)
+            # In one message: numbers of experts are exact in float32.
+            beside = torch.cat((weights.float(), numbers.float()), dim=1)
+            arrive = scatter(rows, beside, route, self.dispatch)
+            if not routes and self.shared_experts is not None:
+                shared = self.shared_experts(flat)
+            rows, beside = arrive()
+            weights, numbers = beside.chunk(2, dim=1)
+            numbers = hop.behind_here(numbers.detach().long())
+            routes.append(route)
+        out = self._compute(rows, numbers, weights, routes[-1].choices)
+        for route in reversed(routes):
+            out = gather(out, route, backward=self.dispatch)
+        self.routes = tuple(routes)
+        return (out if shared is None else out + shared).view_as(x)
+
+    def _compute(self, rows: Tensor, numbers: Tensor, weights: Tensor, choices: int) -> Tensor:
+        """The weighed sum of what this process's experts make of each row, of those that it chose: `choices` in all."""
+        row, choice = (numbers >= 0).nonzero_static(size=choices).unbind(1)
+        chosen = numbers[row, choice].unsqueeze(1), weights[row, choice].unsqueeze(1)
+        copies = _Copies.apply(rows, row)  # type: ignore[no-untyped-call]
+        out: Tensor = _Sums.apply(self.experts(copies, *chosen), row, len(rows))  # type: ignore[no-untyped-call]
         return out
 
-    def move_fp8(self, x: Tensor, back: bool) -> Tensor:
-        """The same in FP8: a byte for each number, and one for each tile's scale, a power of two."""
-        q, scale = quantize_tiles(x, power_of_two=True)
-        exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
-        moved = self.move(torch.cat((q.view(torch.uint8), exponents), dim=1), back)
-        q, exponents = moved.split((q.shape[1], scale.shape[1]), dim=1)
-        scale = (exponents.to(torch.int32) << 23).view(torch.float32)
-        return dequantize_tiles(q.contiguous().view(torch.float8_e4m3fn), scale, x.dtype)
 
-
-def _exchange(
-    x: Tensor, route: _Route, back: bool = False, fp8: bool = False, fp8_gradient: bool = False
-) -> Tensor:
-    out: Tensor = _Exchange.apply(x, route, back, fp8, fp8_gradient)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows over a route, and their gradients back over it."""
+class _Copies(torch.autograd.Function):
+    """A row for each choice."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, route: _Route, back: bool, fp8: bool, fp8_gradient: bool) -> Tensor:
-        ctx.route, ctx.back, ctx.fp8 = route, back, fp8_gradient
-        return route.move_fp8(x, back) if fp8 else route.move(x, back)
+    def forward(ctx: Any, rows: Tensor, row: Tensor) -> Tensor:
+        ctx.row, ctx.count = row, len(rows)
+        return rows.index_select(0, row)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        move = ctx.route.move_fp8 if ctx.fp8 else ctx.route.move
-        return move(grads[0], not ctx.back), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return add_rows(grads[0], ctx.row, ctx.count), None
+
+
+class _Sums(torch.autograd.Function):
+    """The sum of each row's choices."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, row: Tensor, count: int) -> Tensor:
+        ctx.row = row
+        return add_rows(out, row, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.row), None, None

@@ -22,6 +22,10 @@ from dsv3.recipe.layout import Layout
 
 T = TypeVar("T")
 
+# torch 2.13 has new names for these, and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Mesh:

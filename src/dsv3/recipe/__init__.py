@@ -4,6 +4,7 @@
     data                   corpora and what is done to them (`dsv3.recipe.data`)
     optimizer, precision   how a step is taken
     parallel               how it is laid over processes (`dsv3.recipe.layout`)
+    stop                   what it stops for
     stages                 pretrain, extend, sft: one phase each, or several (`dsv3.recipe.train`)
     export                 what is written at the end
 
@@ -25,7 +26,7 @@ from dsv3.recipe.fields import RecipeError, build, read_yaml
 from dsv3.recipe.layout import Layout
 from dsv3.recipe.train import Phase, Precision
 
-__all__ = ["Export", "Layout", "OptimizerRecipe", "Phase", "Recipe", "RecipeError", "load_recipe"]
+__all__ = ["Export", "Layout", "OptimizerRecipe", "Phase", "Recipe", "RecipeError", "Stop", "load_recipe"]
 
 STAGES = ("pretrain", "extend", "sft")
 
@@ -66,6 +67,20 @@ class Export:
             raise RecipeError("temperature must be at least 0, and top_p above 0 and at most 1")
 
 
+@dataclass(frozen=True)
+class Stop:
+    """When a run stops by itself, besides where the loss is no number."""
+
+    spike: float | None = None
+    """How many sigma the loss, or its gradient's norm, may be above the median of the steps before; None for any."""
+    window: int = 64
+    """Steps that are compared with."""
+
+    def __post_init__(self) -> None:
+        if self.window < 4 or (self.spike is not None and self.spike <= 0):
+            raise RecipeError("spike must be above 0, and window at least 4")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     """The keys of a recipe that read themselves."""
@@ -77,6 +92,7 @@ class _Settings:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     export: Export = field(default_factory=Export)
     parallel: Layout = field(default_factory=Layout)
+    stop: Stop = field(default_factory=Stop)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,9 +224,7 @@ class Plan:
         return math.ceil(left * sum(1 / r for r in rows) / samples / self.sequence_length - 1e-6)
 
 
-def plan(
-    phase: Phase, tokens_per_epoch: int | None = None, scale: float = 1.0, granule: int = 1
-) -> Plan:
+def plan(phase: Phase, tokens_per_epoch: int | None = None, scale: float = 1.0, granule: int = 1) -> Plan:
     """Turn steps and epochs into tokens. `scale` shortens or lengthens the phase, its schedules with it.
 
     Raises RecipeError where epochs are asked for and `tokens_per_epoch` is not known.
@@ -256,8 +254,9 @@ def plan(
     def curve(schedule: Schedule) -> Curve:
         return Curve(schedule.in_tokens(lambda count: of(count) * scale), total)
 
-    curves = (curve(s) for s in (batch, phase.lr, phase.mtp, phase.gamma))
-    return Plan(round(total), row, *curves, granule=granule)
+    return Plan(
+        round(total), row, curve(batch), curve(phase.lr), curve(phase.mtp), curve(phase.gamma), granule
+    )
 
 
 def _batch_piece(piece: Piece, sequence_length: int) -> Piece:

@@ -63,8 +63,11 @@ class Chat:
             choice.model_dump() if isinstance(choice, NamedTool) else choice,
             asked.parallel_tool_calls is not False,
         )
-        prompt = await service.encode_chat(exchange, messages, speaking.tools, asked.chat_template_kwargs)
-        speaking.begin(prompt)
+        goes_on = bool(asked.continue_final_message)
+        prompt = await service.encode_chat(
+            exchange, messages, speaking.tools, asked.chat_template_kwargs, not goes_on, goes_on
+        )
+        speaking.begin(prompt, (messages[-1]["content"] or "") if goes_on else "")
         structured = speaking.structured(structured_output(asked.structure(), asked.response_format))
         params = asked.sampling(
             service.engine.llm.default_params,

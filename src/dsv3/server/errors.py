@@ -25,8 +25,8 @@ _TYPES = {
     429: "rate_limit_error",
 }
 
-# Messages of UserErrors begin with what is meant: "temperature is 5: ...", "tools[0].function.name is '': ...".
-_NAMED = re.compile(r"([a-z_][a-z_.\[\]\d]*) (?:is|has|names|must) ")
+# Messages of UserErrors begin with what is meant: "temperature is 5: ...", "tools[0].function.parameters: at $, ...".
+_NAMED = re.compile(r"(?=tools\[|\S+ (?:is|has|names|must) )([a-z_][a-z_.\[\]\d]*)")
 
 
 class ApiError(Exception):

@@ -141,7 +141,6 @@ def _exactly(wanted: object) -> BeforeValidator:
 Nothing = Annotated[None, _INERT]
 Off = Annotated[Literal[False] | None, _INERT, _exactly(False)]
 On = Annotated[Literal[True] | None, _INERT, _exactly(True)]
-Zero = Annotated[Literal[0] | None, _INERT, _exactly(0)]
 No = Annotated[Literal["none"] | None, _INERT]
 Medium = Annotated[Literal["medium"] | None, _INERT]
 AnyTier = Annotated[Literal["auto", "default"] | None, _INERT]
@@ -287,7 +286,8 @@ class TextPart(Request_):
     type: Literal["text", "input_text", "output_text"]
     text: str
     annotations: Empty = None
-    logprobs: Empty = None
+    logprobs: list[JsonValue] | None = None
+    """Accepted as we have given them out, and of no use."""
 
 
 Parts = str | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]
@@ -404,8 +404,8 @@ class ChatRequest(Sampled):
     """Accepted: the cache finds common prefixes by itself."""
     # Beyond OpenAI
     chat_template_kwargs: Free | None = None
-    add_generation_prompt: On = None
-    continue_final_message: Off = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     echo: Off = None
     # Not supported
     audio: Nothing = None
@@ -430,24 +430,24 @@ class ChatRequest(Sampled):
             raise _wrong("max_tokens", "it is max_completion_tokens by its old name, and they differ")
         if self.top_logprobs is not None and not self.logprobs:
             raise _wrong("top_logprobs", "it needs logprobs: true")
+        _check_end(self)
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise _wrong("add_generation_prompt", "it can be false with continue_final_message alone")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise _wrong("tool_choice", "there are no tools to choose from")
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
             if all(tool.function.name != name for tool in self.tools or ()):
                 raise _wrong("tool_choice", f"there is no tool {name!r}")
-        _check_strict([tool.function.strict for tool in self.tools or ()], self.tool_choice, "function")
         return self
 
 
-def _check_strict(strict: list[bool | None], choice: object, *place: str) -> None:
-    """Calls fit their parameters for certain where they must be made; one that may be made is the model's own."""
-    if choice in (None, "auto") and True in strict:
+def _check_end(asked: ChatRequest | TokenizeRequest) -> None:
+    """A conversation ends within its last turn or at the beginning of the next."""
+    if asked.continue_final_message and asked.add_generation_prompt is not False:
         raise _wrong(
-            "tools", strict.index(True), *place, "strict",
-            f'true {_REFUSED} with tool_choice auto: leave it out, or set tool_choice to "required"',
-            code="unsupported_parameter",
-        )  # fmt: skip
+            "continue_final_message", "it needs add_generation_prompt: false, since no other turn begins"
+        )
 
 
 # Completions ----------------------------------------------------------------------------------------------
@@ -589,15 +589,18 @@ class ResponsesRequest(Generating):
     metadata: Metadata = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    include: Annotated[
+        list[Literal["message.output_text.logprobs"]] | None,
+        Field(max_length=16, fail_fast=True, json_schema_extra={"x-inert": True}),
+    ] = None
+    """Nothing else is there to include."""
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     # Beyond OpenAI
     chat_template_kwargs: Free | None = None
     # Not supported
     background: Off = None
     context_management: Nothing = None
     conversation: Nothing = None
-    include: Annotated[
-        list[JsonValue] | None, Field(max_length=0, fail_fast=True, json_schema_extra={"x-inert": True})
-    ] = None
     max_tool_calls: Nothing = None
     moderation: Nothing = None
     previous_response_id: Nothing = None
@@ -607,7 +610,6 @@ class ResponsesRequest(Generating):
     service_tier: AnyTier = None
     store: Off = None
     stream_options: Nothing = None
-    top_logprobs: Zero = None
     truncation: Annotated[Literal["disabled"] | None, _INERT] = None
 
     @field_validator("input", mode="before")
@@ -621,9 +623,14 @@ class ResponsesRequest(Generating):
             for item in value[: MAX_TURNS + 1]
         ]
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.include)
+
     @model_validator(mode="after")
-    def _strict_where_it_holds(self) -> Self:
-        _check_strict([tool.strict for tool in self.tools or ()], self.tool_choice)
+    def _logprobs_are_included(self) -> Self:
+        if self.top_logprobs and not self.include:
+            raise _wrong("top_logprobs", 'it needs include: ["message.output_text.logprobs"]')
         return self
 
 
@@ -667,7 +674,7 @@ class TokenizeRequest(Request_):
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: Off = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: Free | None = None
 
     @model_validator(mode="after")
@@ -678,7 +685,8 @@ class TokenizeRequest(Request_):
             raise _wrong(
                 "add_special_tokens", "it belongs to prompt: the chat template writes those of messages"
             )
-        for name in ("tools", "chat_template_kwargs", "add_generation_prompt"):
+        _check_end(self)
+        for name in ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"):
             if self.prompt is not None and getattr(self, name) is not None:
                 raise _wrong(name, "it belongs to messages, and there is a prompt")
         return self

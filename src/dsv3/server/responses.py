@@ -13,9 +13,11 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from dsv3.engine.async_engine import Update
 from dsv3.server.answers import Answers
+from dsv3.server.apart import apart, json_answer
 from dsv3.server.errors import ApiError
 from dsv3.server.protocol import (
     InputCall,
@@ -29,7 +31,7 @@ from dsv3.server.protocol import (
     read,
 )
 from dsv3.server.service import Exchange, Service, exchange_of, service_of
-from dsv3.server.speech import Speaking
+from dsv3.server.speech import Speaking, Spelling
 from dsv3.server.sse import EventStream, compact, quote, while_connected
 from dsv3.server.structure import structured_output
 
@@ -40,12 +42,12 @@ async def responses(request: Request) -> Response:
     reply = await Reply.begin(service, exchange, asked)
     if asked.stream:
         return EventStream(reply.events(), service, exchange, reply.failed)
-    async with while_connected(request.receive, service):
-        (answer,) = await reply.answers.collect()
-    reply.push(answer.text)
-    reply.close(answer.finish_reason)
+    async with while_connected(request.receive, service), aclosing(reply.answers.updates()) as updates:
+        async for update in updates:
+            reply.push(update)
+    reply.close()
     await reply.count_reasoning()
-    return JSONResponse(reply.whole(reply.status))
+    return await json_answer(reply.answers.size(), lambda: reply.whole(reply.status))
 
 
 class Reply:
@@ -60,8 +62,11 @@ class Reply:
         self.items: list[dict[str, Any]] = []
         self.status = "in_progress"
         self._speech = speaking.listen()
-        self._plain = speaking.plain
+        self._plain = speaking.plain and not asked.wants_logprobs
+        self._spelling = Spelling()
+        self._decoder = speaking.decode()
         self._number = 0
+        self._finish_reason: str | None = None
         self._reasoning_tokens = 0
         params, format = answers.params, asked.text.format if asked.text else None
         choice = asked.tool_choice or "auto"
@@ -86,6 +91,7 @@ class Reply:
             },
             "tool_choice": choice.model_dump() if isinstance(choice, ResponseNamedTool) else choice,
             "tools": [tool.model_dump() for tool in asked.tools or ()],
+            "top_logprobs": params.logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
             "user": asked.user,
@@ -113,7 +119,10 @@ class Reply:
         speaking.begin(prompt)
         structured = speaking.structured(structured_output(None, asked.text.format if asked.text else None))
         params = asked.sampling(
-            service.engine.llm.default_params, max_tokens=asked.max_output_tokens, structured=structured
+            service.engine.llm.default_params,
+            max_tokens=asked.max_output_tokens,
+            logprobs=(asked.top_logprobs or 0) if asked.wants_logprobs else None,
+            structured=structured,
         )
         answers = await Answers.begin(
             service,
@@ -153,14 +162,27 @@ class Reply:
 
     # What the model says -------------------------------------------------------------------------------
 
-    def push(self, text: str) -> list[bytes]:
+    def push(self, update: Update) -> list[bytes]:
+        self._finish_reason = update.finish_reason
+        if not self.asked.wants_logprobs:
+            return self._say(update.text)
+        # Token by token, so that what each of them says can be told. What ends the text is not part of it.
+        events: list[bytes] = []
+        said = update.logprobs or []
+        for token in said[:-1] if update.finish_reason == "stop" else said:
+            text = self._decoder.push(token.token_id)
+            self._spelling.add(token, text)
+            events += self._say(text)
+        return events if update.finish_reason is None else events + self._say(self._decoder.flush())
+
+    def _say(self, text: str) -> list[bytes]:
         return [event for delta in self._speech.push(text) for event in self._take(delta)]
 
-    def close(self, finish_reason: str | None) -> list[bytes]:
+    def close(self) -> list[bytes]:
         events = [event for delta in self._speech.close() for event in self._take(delta)]
         if not self.items:  # an answer without a word is a message without one
             events += self._open_message()
-        self.status = "incomplete" if finish_reason == "length" else "completed"
+        self.status = "incomplete" if self._finish_reason == "length" else "completed"
         return events + self._finish_item(self.status)
 
     def _take(self, delta: dict[str, Any]) -> list[bytes]:
@@ -172,8 +194,13 @@ class Reply:
             events.append(self._event("response.reasoning_text.delta", content_index=0, delta=text))
         if text := delta.get("content"):
             events += [] if self._current("message") else self._open_message()
-            self.items[-1]["content"][0]["text"] += text
-            events.append(self._event("response.output_text.delta", content_index=0, delta=text, logprobs=[]))
+            part = self.items[-1]["content"][0]
+            part["text"] += text
+            logprobs = self._logprobs(text)
+            part["logprobs"] += logprobs
+            events.append(
+                self._event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
+            )
         for call in delta.get("tool_calls", ()):
             function = call["function"]
             if "id" in call:
@@ -182,6 +209,12 @@ class Reply:
                 self.items[-1]["arguments"] += arguments
                 events.append(self._event("response.function_call_arguments.delta", delta=arguments))
         return events
+
+    def _logprobs(self, text: str) -> list[dict[str, Any]]:
+        """Those of the tokens of a text that has come just now, where they are wanted."""
+        if not self.asked.wants_logprobs:
+            return []
+        return self.answers.service.vocabulary.chat_logprobs(self._spelling.take(text))
 
     def _current(self, kind: str) -> bool:
         return (
@@ -235,7 +268,7 @@ class Reply:
         else:
             part = item["content"][0]
             kind = "output_text" if item["type"] == "message" else "reasoning_text"
-            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            more = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             events.append(self._event(f"response.{kind}.done", content_index=0, text=part["text"], **more))
             events.append(self._event("response.content_part.done", content_index=0, part=part))
         return [*events, self._item_event("response.output_item.done")]
@@ -263,17 +296,15 @@ class Reply:
         first = self._write("response.created", {"response": self.whole("in_progress")})
         yield first + self._write("response.in_progress", {"response": self.whole("in_progress")})
         before = after = ""
-        finish_reason = None
         async with aclosing(self.answers.updates()) as updates:
             async for update in updates:
-                if update.finish_reason is not None:
-                    finish_reason = update.finish_reason
-                if self._plain and before and update.text:  # what `push` would do, without its detours
+                if self._plain and before and update.text and not update.finish_reason:
+                    # What `push` would do, without its detours.
                     item = self.items[-1]
                     item["content"][0]["text"] += update.text
                     number, self._number = self._number, self._number + 1
                     yield f"{before}{number}{after}{quote(update.text)}}}\n\n".encode()
-                elif events := self.push(update.text):
+                elif events := self.push(update):
                     yield b"".join(events)
                     if self._plain:
                         kind = "response.output_text.delta"
@@ -282,10 +313,15 @@ class Reply:
                         after = (
                             f',"item_id":{item_id},"output_index":0,"content_index":0,"logprobs":[],"delta":'
                         )
-        events = self.close(finish_reason)
+
+        def end() -> bytes:
+            whole = {"response": self.whole(self.status)}
+            return b"".join([*events, self._write(f"response.{self.status}", whole)])
+
+        size = self.answers.size() if self.asked.wants_logprobs else 0
+        events = await apart(size, self.close)
         await self.count_reasoning()
-        end = self._write(f"response.{self.status}", {"response": self.whole(self.status)})
-        yield b"".join(events) + end
+        yield await apart(size, end)
 
 
 def _messages(asked: ResponsesRequest) -> list[dict[str, Any]]:

@@ -244,6 +244,7 @@ class Service:
         tools: list[dict[str, Any]],
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The ids of a conversation in the checkpoint's own form. Raises UserError where that has no place for it."""
         tokenizer = self.engine.llm.tokenizer
@@ -261,6 +262,7 @@ class Service:
             tokenizer.encode_chat,
             cast(list[Message], messages),
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             **{"tools": tools or None, **(variables or {})},
         )
         return await apart(exchange.length, encode)

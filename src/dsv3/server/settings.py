@@ -42,6 +42,8 @@ class Settings:
     """Seconds from the arrival of a request to the end of its answer."""
     body_timeout: float = 30.0
     """Seconds until the body of a request must have arrived."""
+    keep_alive: float = 15.0
+    """Seconds without an event after which a stream gets a comment; 0 writes none."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may read our answers; none by default."""
     tls_cert: Path | None = None
@@ -100,5 +102,6 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "max_body": (1024, 2**30),
     "request_timeout": (0.1, 86400),
     "body_timeout": (0.1, 86400),
+    "keep_alive": (0, 86400),
     "drain": (0, 86400),
 }

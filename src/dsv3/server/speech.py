@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from dsv3.engine.grammar import StructuredOutput
+from dsv3.engine.sampling import TokenLogprobs
 from dsv3.engine.sequence import TextDecoder
-from dsv3.server.errors import ApiError
 from dsv3.text import Tokenizer
 from dsv3.text.tools import (
     THINK_BEGIN,
+    THINK_END,
     AnswerParser,
     CallArguments,
     CallStart,
@@ -42,11 +43,11 @@ class Speaking:
         """tools, choice, parallel: OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`. Raises UserError."""
         template = tokenizer.chat_template
         use = tool_use(tools, choice, call_style(template), parallel)
-        self._tokenizer, self._required = tokenizer, use.required
+        self._tokenizer, self._held = tokenizer, use.held
         self.tools: list[dict[str, Any]] = use.shown or []
         """What the chat template is told of."""
         self._reasons = THINK_BEGIN in (template or "")
-        self._opened = False
+        self._opened = self._instead = False
 
     @property
     def plain(self) -> bool:
@@ -59,29 +60,64 @@ class Speaking:
         tokenizer = self._tokenizer
         return None if self.plain else lambda: tokenizer.stream(keep=tokenizer.readable_ids)
 
+    def decode(self) -> TextDecoder:
+        """One answer's decoder."""
+        return (self.decoder or self._tokenizer.stream)()
+
     def structured(self, asked: StructuredOutput | None) -> StructuredOutput | None:
-        """The form of an answer, calls that must be made included. Raises ApiError where two forms are asked for."""
-        if asked is not None and self.tools:
-            raise ApiError(
-                400,
-                "an answer of a given form has no place for calls of tools: ask for one of the two, or set "
-                "tool_choice to none",
-                param="response_format",
-                code="invalid_value",
-            )
-        form = asked if self._required is None else StructuredOutput(tool_calls=self._required)
+        """The form of an answer: that of its text, if one is asked for, and of calls that are held to something. Of an
+        answer that must be calls there is no text."""
+        held, form = self._held, asked
+        if held is not None and held.required:
+            form = StructuredOutput(tool_calls=held)
+        elif held is not None and asked is not None:
+            form, self._instead = replace(asked, tool_calls=held), True
+        elif held is not None and not held.free:
+            form = StructuredOutput(tool_calls=held)
         return form if form is None or not self._opened else replace(form, after_reasoning=True)
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        """Look at the prompt's end: it may have begun the reasoning already."""
+    def begin(self, prompt_ids: Sequence[int], said: str = "") -> None:
+        """Look at the prompt's end: it may have begun the reasoning already, as may what is said of the answer."""
         if self._reasons:
             end = self._tokenizer.decode(prompt_ids[-8:], skip_special_tokens=False)
-            self._opened = reasoning_opened(end)
+            self._opened = reasoning_opened(end) or said.rfind(THINK_BEGIN) > said.rfind(THINK_END)
 
     def listen(self) -> Speech:
         if self.plain:
             return Speech(None)
-        return Speech(AnswerParser(reasoning=self._reasons, opened=self._opened, tools=bool(self.tools)))
+        tools = bool(self.tools)
+        return Speech(
+            AnswerParser(reasoning=self._reasons, opened=self._opened, tools=tools, instead=self._instead)
+        )
+
+
+class Spelling:
+    """Which tokens a text is made of, as the parser gives it out: a while after they came, and without markers."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[TokenLogprobs | None, str]] = []
+        """Tokens and their texts since the last that was given out; no token where a part of its text was."""
+
+    def add(self, token: TokenLogprobs, text: str) -> None:
+        """The next token, and the characters that it completes."""
+        self._pending.append((token, text))
+
+    def take(self, text: str) -> list[TokenLogprobs]:
+        """The tokens of the text that is given out now. What comes after it can only be the beginning of a marker."""
+        whole = "".join(piece for _, piece in self._pending)
+        end = len(whole) if whole.endswith(text) else max(whole.rfind("<"), 0)
+        start = end - len(text)
+        taken, rest, place = [], [], 0
+        for token, piece in self._pending:
+            after = place + len(piece)
+            if token is not None and place < end and (after > start or (place == start and not piece)):
+                taken.append(token)
+                token = None
+            if after > end or place >= end:
+                rest.append((token, piece[max(end - place, 0) :]))
+            place = after
+        self._pending = rest
+        return taken
 
 
 class Speech:

@@ -3,8 +3,9 @@
 A stream is one chunk of a few dozen bytes for each token of each listener: at 200 listeners and 20 tokens a second
 4,000 a second, from a thread that the model needs too. So the parts of a chunk that stay the same are made once for a
 stream, the text of each token is encoded and put between them, and all that one update brings is one write.
-Starlette's StreamingResponse would run a task group for each; here the task of the request writes by itself, and a
-second one does nothing but wait for the client to hang up.
+Starlette's StreamingResponse would run a task group for each; here the task of the request writes by itself, a second
+one does nothing but wait for the client to hang up, and a third sleeps until nothing has been written for so long that
+a proxy might take the connection for dead: then it writes a comment, which clients skip.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from json.encoder import encode_basestring
+from time import monotonic
 from typing import Any
 
 from starlette.responses import Response
@@ -27,6 +29,7 @@ from dsv3.server.service import Exchange, Service
 log = logging.getLogger("dsv3.server")
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 _SLACK = 30.0
 """Seconds past its deadline that an answer may take to be read."""
 
@@ -111,6 +114,8 @@ class EventStream(Response):
             }
         )
         self._events, self._service, self._exchange, self._failure = events, service, exchange, failure
+        self._sent = monotonic()
+        """When something was last written."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         last = b""
@@ -119,8 +124,10 @@ class EventStream(Response):
                 limit = self._service.settings.request_timeout
                 async with asyncio.timeout(limit + _SLACK), while_connected(receive, self._service):
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    async for event in self._events:
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
+                    async with self._kept_alive(send):
+                        async for event in self._events:
+                            await send({"type": "http.response.body", "body": event, "more_body": True})
+                            self._sent = monotonic()
             except ClientGone:
                 raise
             except TimeoutError:
@@ -137,6 +144,26 @@ class EventStream(Response):
         except TimeoutError:  # whoever asked reads nothing: its place is not kept
             scope.get("dsv3.abort", lambda: None)()
             raise ClientGone from None
+
+    @asynccontextmanager
+    async def _kept_alive(self, send: Send) -> AsyncIterator[None]:
+        """Write comments while there is nothing else to write, as the settings say."""
+        seconds = self._service.settings.keep_alive
+
+        async def comment() -> None:
+            while True:
+                if (left := self._sent + seconds - monotonic()) > 0:
+                    await asyncio.sleep(left)
+                else:
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    self._sent = monotonic()
+
+        task = asyncio.create_task(comment()) if seconds else None
+        try:
+            yield
+        finally:
+            if task is not None:
+                task.cancel()
 
     def _failed(self, error: ApiError) -> bytes:
         self._exchange.finish_reason = f"error: {error.code or error.type}"

@@ -26,6 +26,7 @@ async def tokenize(request: Request) -> Response:
             [tool.model_dump(exclude_none=True) for tool in asked.tools or ()],
             asked.chat_template_kwargs,
             asked.add_generation_prompt is not False,
+            bool(asked.continue_final_message),
         )
     vocabulary, most = service.vocabulary, service.max_model_len
 

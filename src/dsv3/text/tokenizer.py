@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import tokenizers
 from tokenizers import decoders
@@ -265,13 +265,29 @@ class Tokenizer:
         return render(self.chat_template or DEEPSEEK_TEMPLATE, messages, variables)
 
     def encode_chat(
-        self, messages: Sequence[Message], /, add_generation_prompt: bool = True, **template_kwargs: Any
+        self,
+        messages: Sequence[Message],
+        /,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
     ) -> list[int]:
-        """The ids of a chat. Only the template writes control tokens: those it is given stay plain text."""
+        """The ids of a chat. Only the template writes control tokens: those it is given stay plain text.
+
+        continue_final_message: end within the last message, an assistant's, so that what follows goes on with it; without
+        add_generation_prompt. Raises UserError where that cannot be."""
         check_messages(messages)
         messages = plain_messages(messages)
         shielded, kwargs, marker = shield(messages, template_kwargs, self._control)
+        if continue_final_message:
+            shielded[-1] = _open_ended(shielded[-1], len(messages) - 1, 2 * marker)
         text = self.render_chat(shielded, add_generation_prompt, **kwargs)
+        if continue_final_message:
+            text, found, _ = text.rpartition(2 * marker)
+            if not found:
+                raise UserError(
+                    "the chat template leaves out the end of the last message: it cannot be continued"
+                )
         if marker not in text:
             return self.encode(text)
         ids: list[int] = []
@@ -289,6 +305,16 @@ class Tokenizer:
             (t.content for t in added if t.content and _is_markup(t)), key=len, reverse=True
         )
         return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+def _open_ended(message: Message, place: int, mark: str) -> Message:
+    """The message, with a mark where it ends."""
+    content = message["content"]
+    if message["role"] != "assistant" or content is None or "tool_calls" in message:
+        raise UserError(
+            f"messages[{place}] is not to be continued: that needs a turn of the assistant, with content and without calls"
+        )
+    return cast(Message, {**message, "content": content + mark})
 
 
 def _backend(path: Path) -> tokenizers.Tokenizer:

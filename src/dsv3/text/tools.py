@@ -159,10 +159,11 @@ class ToolCallParser:
     pieces of content, or of a call's arguments, joined, are the same for every way of cutting the text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, instead: bool = False) -> None:
+        """instead: calls are all of the answer or none of it, so that after anything else no marker counts."""
         self._text = ""
         """What nothing has been decided about."""
-        self._read = self._content
+        self._read = self._begin if instead else self._content
         """Reads one part of an answer from the front of `_text`; raises _More where that cannot be decided yet."""
         self._events: list[CallEvent] = []
         self._calls = 0
@@ -198,6 +199,16 @@ class ToolCallParser:
     def _argue(self, arguments: str) -> None:
         if arguments:
             self._events.append(CallArguments(self._calls - 1, arguments))
+
+    def _begin(self) -> None:
+        """The beginning of an answer that is calls or content."""
+        self._read = self._content if _Cursor(self._text, self._last).at_marker(CALLS_BEGIN) else self._rest
+
+    def _rest(self) -> None:
+        """Content, up to the end."""
+        self._say(self._text)
+        self._text = ""
+        raise _More
 
     def _content(self) -> None:
         """Content, up to the next marker. A call that lacks the marker before all calls is taken all the same."""
@@ -586,10 +597,13 @@ class ReasoningParser:
 class AnswerParser:
     """Reasoning, content and calls of one answer, as it streams."""
 
-    def __init__(self, *, reasoning: bool = False, opened: bool = False, tools: bool = False) -> None:
-        """Which of reasoning and calls to look for; opened: the prompt has written `<think>` already."""
+    def __init__(
+        self, *, reasoning: bool = False, opened: bool = False, tools: bool = False, instead: bool = False
+    ) -> None:
+        """Which of reasoning and calls to look for; opened: the prompt has written `<think>` already; instead: calls
+        stand in place of content, see `ToolCallParser`."""
         self._reasoning = ReasoningParser(opened) if reasoning or opened else None
-        self._calls = ToolCallParser() if tools else None
+        self._calls = ToolCallParser(instead) if tools else None
 
     def push(self, text: str) -> list[Event]:
         """What this piece of the answer makes certain."""
@@ -622,16 +636,26 @@ class Function:
     """The JSON schema of its arguments, an object's, as JSON text."""
     place: str = "tools"
     """Where the schema stands, for messages."""
+    strict: bool = False
+    """Whether arguments fit the schema in every call, not only in one that is required."""
 
 
 @dataclass(frozen=True)
-class RequiredCalls:
-    """An answer that consists of calls of these functions and of nothing else."""
+class HeldCalls:
+    """Calls that can be of these functions alone, with arguments that fit."""
 
     functions: tuple[Function, ...]
     style: Style = "v3"
     several: bool = True
     """Whether there may be more than one call."""
+    required: bool = True
+    """Whether the answer consists of them; else there may be text, which may end in calls, and arguments of functions that
+    are not strict are any object."""
+
+    @property
+    def free(self) -> bool:
+        """Whether all of this is the model's own affair, so that nothing need be held."""
+        return not self.required and self.several and not any(function.strict for function in self.functions)
 
 
 @dataclass(frozen=True)
@@ -640,8 +664,8 @@ class ToolUse:
 
     shown: list[dict[str, Any]] | None
     """The tools that the chat template is given; None: the model shall not know of any, and its text is content."""
-    required: RequiredCalls | None = None
-    """What the answer must be, for `StructuredOutput`; None leaves the model its choice."""
+    held: HeldCalls | None = None
+    """What its calls can be, for `StructuredOutput`."""
 
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
@@ -670,10 +694,8 @@ def tool_use(
         if not chosen:
             names = ", ".join(function.name for function in functions)
             raise UserError(f"tool_choice names {named!r}, which is not among the tools: they are {names}")
-        return ToolUse(shown, RequiredCalls(tuple(chosen), style, several=False))
-    if tool_choice == "required":
-        return ToolUse(shown, RequiredCalls(tuple(functions), style, parallel))
-    return ToolUse(shown)
+        return ToolUse(shown, HeldCalls(tuple(chosen), style, several=False))
+    return ToolUse(shown, HeldCalls(tuple(functions), style, parallel, tool_choice == "required"))
 
 
 def _named(tool_choice: str | Mapping[str, Any] | None) -> str:
@@ -712,8 +734,10 @@ def _functions(tools: Sequence[Mapping[str, Any]] | None) -> list[Function]:
             raise UserError(f"tools[{i}].function.name is {name!r}, as that of another tool: rename one")
         if not isinstance(function.get("description", ""), str | None):
             raise UserError(f"tools[{i}].function.description is no text")
+        if not isinstance(strict := function.get("strict"), bool | None):
+            raise UserError(f"tools[{i}].function.strict is {strict!r}: it must be True or False")
         place = f"tools[{i}].function.parameters"
-        found[name] = Function(name, _object_schema(parameters, place), place)
+        found[name] = Function(name, _object_schema(parameters, place), place, strict is True)
     return list(found.values())
 
 

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from dsv3.data.stream import Batch, ChatStream, TokenStream
 from dsv3.errors import UserError
+from dsv3.parallel.watch import doing
+from dsv3.recipe import Stop
 from dsv3.recipe.train import Plan
+from dsv3.train.guard import SpikeGuard, dump, name_the_layer, stopped
 from dsv3.train.loss import Losses, Targets, objective, update_biases
 from dsv3.train.metrics import MetricsLog, Progress, StepMetrics
 from dsv3.train.run import Run
@@ -66,6 +69,16 @@ def backward(run: Run, batch: Batch, rows: int, mtp_weight: float) -> StepLosses
 
     On several processes `batch` is this one's share of the rows; what is returned is of all together.
     """
+    return _summed(run, _gradients(run, batch, rows, mtp_weight, run.optimizer.accumulate), mtp_weight > 0)
+
+
+def _gradients(
+    run: Run, batch: Batch, rows: int, mtp_weight: float, accumulate: Callable[[], None] = lambda: None
+) -> list[Losses]:
+    """Forward and backward passes of a batch; `accumulate` is called whenever parameters have gradients.
+
+    Gives the losses of each microbatch in each stage of this process.
+    """
     team, config = run.team, run.model.config
     modules = config.num_nextn_predict_layers if mtp_weight else 0
     whole = Targets.of(batch, modules)
@@ -82,12 +95,12 @@ def backward(run: Run, batch: Batch, rows: int, mtp_weight: float) -> StepLosses
 
     if team is not None and team.layout.pipeline > 1:
         shape = parts[0].tokens.shape[0], parts[0].tokens.shape[1] - 1
-        team.pipeline(*shape, run.dtype).run(len(parts), forward, run.optimizer.accumulate)
+        team.pipeline(*shape, run.dtype).run(len(parts), forward, accumulate)
     else:
         for microbatch in range(len(parts)):
             forward(0, microbatch, None)[1].backward()
-            run.optimizer.accumulate()
-    return _summed(run, done, modules > 0)
+            accumulate()
+    return done
 
 
 def _summed(run: Run, parts: Sequence[Losses], mtp: bool) -> StepLosses:
@@ -110,54 +123,71 @@ def _summed(run: Run, parts: Sequence[Losses], mtp: bool) -> StepLosses:
     return StepLosses(main, ahead if mtp else None, balance, loads, int(counts[-1, 0]))
 
 
-def train(
-    run: Run,
-    plan: Plan,
-    stream: Stream,
-    log: MetricsLog | None,
-    microbatch: int,
-    clip: float = 1.0,
-    save_every: float = 240.0,
-    flops_share: FlopsShare | None = None,
-) -> None:
+@dataclass
+class Loop:
+    """What a phase is trained with."""
+
+    run: Run
+    plan: Plan
+    stream: Stream
+    microbatch: int
+    clip: float = 1.0
+    save_every: float = 240.0
+    """Seconds between saves."""
+    flops_share: FlopsShare | None = None
+    stop: Stop = field(default_factory=Stop)
+
+
+def train(loop: Loop, log: MetricsLog | None) -> None:
     """Run a phase from where it stands to its end, and save it.
 
-    log: None for a process that does not speak for all. save_every: seconds between saves. Raises UserError when the
-    loss or the gradient is no number.
+    log: None for a process that does not speak for all. Raises UserError when the loss or the gradient is no number,
+    or jumps further than the recipe bears.
     """
-    position = run.position
+    run, plan, stream = loop.run, loop.plan, loop.stream
+    position, team = run.position, run.team
     position.planned = plan.tokens
     if position.stream is not None:
         stream.load_state(position.stream)
+    spikes = None
+    if loop.stop.spike is not None:
+        spikes = SpikeGuard(loop.stop.spike, loop.stop.window, position.past)
     last_save = time.monotonic()
     with closing(Progress(plan.tokens)) as shown:
         while not position.done:
-            metrics = take_step(run, plan, stream, microbatch, clip, flops_share)
+            doing("training", position.step + 1)
+            metrics = take_step(loop, spikes)
             if log is not None:
                 log.write(metrics)
                 shown.show(metrics, position.step + plan.steps_left(position.tokens))
-            due = time.monotonic() - last_save > save_every
-            if due if run.team is None else run.team.first_says(due):
+            due = time.monotonic() - last_save > loop.save_every
+            if due if team is None else team.first_says(due):
+                doing("saving")
                 save(run, stream)
                 last_save = time.monotonic()
+    doing("saving")
     save(run, stream, wait=True)
 
 
-def take_step(
-    run: Run, plan: Plan, stream: Stream, microbatch: int, clip: float, flops_share: FlopsShare | None
-) -> StepMetrics:
+def take_step(loop: Loop, spikes: SpikeGuard | None = None) -> StepMetrics:
     """One optimiser step, by the schedules' values at the tokens done before it."""
+    run, plan = loop.run, loop.plan
     started, position = time.monotonic(), run.position
     at, rows = position.tokens, plan.rows(position.tokens)
     lr, mtp_weight, gamma = plan.lr(at), plan.mtp(at), plan.gamma(at)
-    mine = slice(None) if run.team is None else run.team.rows(rows)
-    losses = backward(run, stream.next(rows, mine), microbatch, mtp_weight)
-    norm = run.optimizer.step(lr, clip) if math.isfinite(losses.main) else math.nan
-    if not math.isfinite(norm):
-        raise UserError(
-            f"at step {position.step + 1} the loss is {losses.main:.4g} and the gradient's norm {norm:.4g}: "
-            "try a lower lr; the run stands at its last save"
-        )
+    batch = loop.stream.next(rows, slice(None) if run.team is None else run.team.rows(rows))
+    losses = backward(run, batch, loop.microbatch, mtp_weight)
+    run.optimizer.reduce()
+    norm = run.optimizer.norm()
+    why = None
+    if not (math.isfinite(losses.main) and math.isfinite(norm)):
+        why = f"the loss is {losses.main:.4g} and the gradient's norm {norm:.4g}"
+    elif spikes is not None:
+        why = spikes.check("loss", losses.main) or spikes.check("norm", norm)
+        position.past = spikes.state()
+    if why is not None:
+        raise look_into(loop, batch, mtp_weight, why)
+    run.optimizer.step(lr, loop.clip)
     if gamma:
         update_biases(run.model, losses.loads, gamma)
     if run.ema is not None:
@@ -183,9 +213,22 @@ def take_step(
         loads=busiest,
         dropped=losses.dropped,
         tokens_per_second=rate,
-        flops_share=None if flops_share is None else flops_share(rate, mtp_weight > 0),
+        flops_share=None if loop.flops_share is None else loop.flops_share(rate, mtp_weight > 0),
         seconds=position.seconds,
     )
+
+
+def look_into(loop: Loop, batch: Batch, mtp_weight: float, why: str) -> UserError:
+    """Do a step that went wrong once more, find out where, and write down what it was; gives what to say of it."""
+    run, step = loop.run, loop.run.position.step + 1
+    doing("looking into what went wrong")
+    mine = run.team is None or run.team.reads
+    seen = name_the_layer(
+        run.model,
+        lambda: _gradients(run, batch, loop.microbatch, mtp_weight),
+        0 if run.team is None else run.team.first_expert,
+    )
+    return stopped(step, why, seen, dump(run.folder, step, why, seen, batch if mine else None))
 
 
 @torch.no_grad()

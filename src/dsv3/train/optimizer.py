@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dsv3.kernels.native import call, usable
+from dsv3.parallel.mesh import all_gather, reduce_scatter
 from dsv3.parallel.sharding import Held, make_groups
 
 _PIECE = 1 << 17  # numbers updated at once: five float32 arrays of them are 2.5 MB
@@ -68,7 +69,7 @@ class MasterAdamW:
             )
             for ranks in sorted(set(owners.values()))
         ]
-        self._alone = held is None
+        self._alone, self._reduced = held is None, False
         self.masters: dict[str, Tensor] = {}
         """Float32 weights by name; of those that are shared the part that is here, flat."""
         self.starts: dict[str, int] = {}
@@ -89,7 +90,10 @@ class MasterAdamW:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Add up the gradients of all processes. Done by `step`; once in between, to look at them."""
+        """Add up the gradients of all processes, once before each step; `step` does so if nobody else has."""
+        if self._reduced:
+            return
+        self._reduced = True
         for bucket in self._buckets:
             bucket.reduce()
         for bucket in self._buckets:
@@ -116,7 +120,7 @@ class MasterAdamW:
         norm = self.norm()
         if not math.isfinite(norm):
             return norm
-        self.steps += 1
+        self.steps, self._reduced = self.steps + 1, False
         shrink = min(1.0, clip / (norm + 1e-6))
         for bucket in self._buckets:
             piece = _PIECE if bucket.grad.is_cpu else max(1, bucket.grad.numel())
@@ -254,7 +258,7 @@ class _Bucket:
         if self.grad is self._all:
             self._work.append(dist.all_reduce(self._all, group=self.group, async_op=True))
         else:
-            work = dist.reduce_scatter_tensor(self.grad, self._all, group=self.group, async_op=True)
+            work = reduce_scatter(self.grad, self._all, group=self.group, async_op=True)
             self._work.append(work)
 
     def give_weights(self) -> None:
@@ -269,7 +273,7 @@ class _Bucket:
             return
         mine = self.state["master"].to(self.weights[0].dtype)
         self._gathered = mine.new_empty(self._all.numel())
-        self._work.append(dist.all_gather_into_tensor(self._gathered, mine, group=self.group, async_op=True))
+        self._work.append(all_gather(self._gathered, mine, group=self.group, async_op=True))
 
     @torch.no_grad()
     def wait(self) -> None:

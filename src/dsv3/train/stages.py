@@ -26,13 +26,14 @@ from dsv3.errors import UserError
 from dsv3.files import only_writer, write_whole
 from dsv3.model import Transformer
 from dsv3.parallel.mesh import Mesh, leads, on_lead
+from dsv3.parallel.watch import waiting
 from dsv3.recipe import Phase, Recipe, RecipeError
 from dsv3.recipe.train import plan
 from dsv3.train.compile import compile_model
 from dsv3.train.flops import measure_matmul_rate, model_flops_per_token
 from dsv3.train.fp8 import apply_fp8
 from dsv3.train.heldout import bits_per_byte
-from dsv3.train.loop import FlopsShare, train
+from dsv3.train.loop import FlopsShare, Loop, train
 from dsv3.train.metrics import FILE, MetricsLog
 from dsv3.train.plots import plot_run
 from dsv3.train.recompute import apply_recompute
@@ -91,6 +92,7 @@ def run_recipe(
             held.enter_context(_locked(out))
             _write_json(out / "recipe.json", _essence(recipe, options))
 
+        waiting("starting")
         on_lead(begin)
         before: str | None = None
         for name in recipe.phases:
@@ -99,6 +101,7 @@ def run_recipe(
                 _run_phase(recipe, name, None if first else before, data, out, options)
             before = name
         folder = out / ("model" if stage is None else f"model-{stage}")
+        waiting("writing the model")
         return on_lead(lambda: export(recipe, chosen[-1], data, out, folder))
 
 
@@ -177,10 +180,18 @@ def _run_phase(
         if options.compile:
             compile_model(run.model)
         with MetricsLog(folder, run.position.step) if leads() else nullcontext() as log:
-            share = _flops_share(run, phase)
-            train(
-                run, schedule, stream, log, phase.microbatch, recipe.optimizer.clip, options.save_every, share
+            loop = Loop(
+                run,
+                schedule,
+                stream,
+                phase.microbatch,
+                recipe.optimizer.clip,
+                options.save_every,
+                _flops_share(run, phase),
+                recipe.stop,
             )
+            train(loop, log)
+    waiting("pictures and held-out text")
     on_lead(lambda: _report(recipe, name, run, data, out))
 
 

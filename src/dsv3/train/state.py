@@ -67,6 +67,8 @@ class Position:
     """Steps since the optimiser's moments were fresh."""
     stream: dict[str, Any] | None = None
     """Where the data stands."""
+    past: dict[str, list[float]] | None = None
+    """The steps that a spike is compared with."""
 
     @property
     def done(self) -> bool:

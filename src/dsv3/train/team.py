@@ -44,6 +44,16 @@ class Team:
     def layout(self) -> Layout:
         return self.mesh.layout
 
+    @property
+    def reads(self) -> bool:
+        """Whether this process is the first of those that read the same rows."""
+        return self.mesh.pipeline == 0 and self.mesh.context == 0
+
+    @property
+    def first_expert(self) -> int:
+        """Of those of each layer that this process holds."""
+        return self.mesh.expert * (self.config.n_routed_experts or 0) // self.layout.expert
+
     def rows(self, rows: int) -> slice:
         """This process's rows of a batch of so many."""
         each = rows // self.layout.data
