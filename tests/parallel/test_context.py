@@ -328,13 +328,13 @@ def _sent() -> list[int]:
     """Numbers that this process sends in the forward pass."""
     made = model(CONFIG.replace(num_nextn_predict_layers=0))
     places = apply_context_parallel(made, Mesh.of(Layout(context=2)))
-    sizes, gather = [], context._all_gather
+    sizes, gather = [], context.all_gather
 
     def spy(out: Tensor, x: Tensor, **kwargs: Any) -> Any:
         sizes.append(x.numel())
         return gather(out, x, **kwargs)
 
-    context._all_gather = spy  # in this process, which ends here
+    context.all_gather = spy  # in this process, which ends here
     objective(made, batch(CONFIG, "stream", 16), 0.0, places=places)
     return sizes
 

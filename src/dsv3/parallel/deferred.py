@@ -93,7 +93,7 @@ def _add(whole: Tensor, matrix: Tensor, gradient: Callable[[], Tensor]) -> None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` whose weight gradient can be put off: x [..., in], weight [out, in]; returns [..., out]."""
     out: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):

@@ -29,7 +29,7 @@ from dsv3.parallel.channels import Mail, connect
 from dsv3.parallel.deferred import Work, put_off
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.overlap import together
-from dsv3.planner.pipeline import Op, Schedule, make_schedule
+from dsv3.planner.pipeline import Op, schedule_of
 from dsv3.planner.simulate import Event
 from dsv3.recipe.layout import ScheduleName
 
@@ -57,21 +57,6 @@ class Pipeline:
         # A single stage has one order, and schedules with several stages per device are not cut for it.
         self.name: ScheduleName = schedule if mesh.layout.pipeline > 1 else "1f1b"
         self._channels = connect(mesh, self.name, self.device)
-        self._schedules: dict[int, Schedule] = {}
-
-    def schedule(self, microbatches: int) -> Schedule:
-        """Raises RecipeError for a number of microbatches that the schedule cannot have.
-
-        DualPipe needs two for each process; with fewer, as at the start of a batch that grows, they all go one way
-        through the same stages, as in ZB1P, while each process's other stage rests.
-        """
-        if microbatches not in self._schedules:
-            layout, name = self.mesh.layout, self.name
-            if name == "dualpipe" and microbatches < 2 * layout.pipeline:
-                name = "zb1p"
-            chunks = layout.chunks if name == "interleaved" else 1
-            self._schedules[microbatches] = make_schedule(name, layout.pipeline, microbatches, chunks)
-        return self._schedules[microbatches]
 
     def run(
         self, microbatches: int, forward: Forward, accumulate: Callable[[], None] = lambda: None
@@ -82,7 +67,7 @@ class Pipeline:
         would rather have them elsewhere before the next. Returns what ran when, in seconds since the start (on CUDA, by
         the host's clock, which runs ahead of the device's).
         """
-        schedule, here = self.schedule(microbatches), self.mesh.pipeline
+        schedule, here = schedule_of(self.mesh.layout, microbatches), self.mesh.pipeline
         mail = Mail(schedule, here, self._channels, self.shape, self.dtype, self.device)
         stages = _Stages(schedule.stages, forward, mail)
         slots, events, began = schedule.slots[here], [], time.perf_counter()

@@ -27,10 +27,11 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 from dsv3.recipe.fields import RecipeError
-from dsv3.recipe.layout import ScheduleName
+from dsv3.recipe.layout import Layout, ScheduleName
 
 Kind = Literal["F", "B", "I", "W"]
 
@@ -108,6 +109,19 @@ def make_schedule(name: ScheduleName, devices: int, microbatches: int, chunks: i
     stages = devices * {"interleaved": chunks, "dualpipev": 2}.get(name, 1)
     slots = (tuple(_device(name, d, devices, microbatches, chunks)) for d in range(devices))
     return Schedule(name, devices, stages, microbatches, tuple(slots))
+
+
+@lru_cache(64)
+def schedule_of(layout: Layout, microbatches: int) -> Schedule:
+    """What a layout's pipeline does with so many microbatches; raises as `make_schedule`.
+
+    DualPipe needs two for each device. With fewer, as at the start of a batch that grows, they all go one way through
+    the same stages, as in ZB1P, while each device's other stage rests.
+    """
+    name = layout.schedule if layout.pipeline > 1 else "1f1b"
+    if name == "dualpipe" and microbatches < 2 * layout.pipeline:
+        name = "zb1p"
+    return make_schedule(name, layout.pipeline, microbatches, layout.chunks if name == "interleaved" else 1)
 
 
 def _check(name: str, devices: int, microbatches: int, chunks: int) -> None:

@@ -19,14 +19,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from dsv3.config import ModelConfig
 from dsv3.errors import size
 from dsv3.planner.footprint import Held, footprint, held
 from dsv3.planner.hardware import Hardware
 from dsv3.planner.model import Stage, stages, training_flops
-from dsv3.planner.pipeline import Schedule, make_schedule
+from dsv3.planner.pipeline import Schedule, schedule_of
 from dsv3.planner.roofline import Assumption, Assumptions, Roofline
 from dsv3.planner.simulate import Costs, Timeline, simulate
 from dsv3.recipe import Recipe, RecipeError
@@ -265,16 +264,7 @@ def _microbatches(roof: Roofline, batch: int) -> int:
 
 
 def _schedule(layout: Layout, microbatches: int) -> Schedule | None:
-    """As the runtime has it: with too few microbatches for DualPipe, they all go one way."""
-    if layout.pipeline == 1:
-        return None
-    name = layout.schedule
-    if name == "dualpipe" and microbatches < 2 * layout.pipeline:
-        name = "zb1p"
-    return _made(name, layout.pipeline, microbatches, layout.chunks if name == "interleaved" else 1)
-
-
-_made = lru_cache(64)(make_schedule)
+    return schedule_of(layout, microbatches) if layout.pipeline > 1 else None
 
 
 class _Times:

@@ -66,7 +66,7 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         out = fp8_linear(x.flatten(0, -2), self.weight, self.after_attention)
-        out = out.view(*x.shape[:-1], -1)
+        out = out.view(*x.shape[:-1], self.weight.shape[0])
         return out if self.bias is None else out + self.bias
 
 

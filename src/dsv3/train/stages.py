@@ -27,6 +27,7 @@ from dsv3.files import only_writer, write_whole
 from dsv3.model import Transformer
 from dsv3.parallel.mesh import Mesh, leads, on_lead
 from dsv3.parallel.watch import waiting
+from dsv3.planner.pipeline import schedule_of
 from dsv3.recipe import Phase, Recipe, RecipeError
 from dsv3.recipe.train import plan
 from dsv3.train.compile import compile_model
@@ -61,7 +62,11 @@ def check(recipe: Recipe, out: Path, stage: str | None, options: Options) -> Non
     _chosen(recipe, stage)
     for name, phase in recipe.phases.items():
         try:
-            plan(phase, 10**12, options.scale, recipe.layout(name).granule(phase.microbatch))
+            layout = recipe.layout(name)
+            curves = plan(phase, 10**12, options.scale, layout.granule(phase.microbatch))
+            if layout.pipeline > 1:
+                for tokens in (0, curves.tokens):
+                    schedule_of(layout, curves.rows(tokens) // (layout.data * phase.microbatch))
         except RecipeError as problem:
             raise RecipeError(f"stages.{name}: {problem}") from None
     if options.init is not None and not (options.init / "config.json").exists():
