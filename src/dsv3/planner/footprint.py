@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from dsv3.planner.model import Stage, junction, layer, vocabulary
 from dsv3.planner.pipeline import Schedule
+from dsv3.planner.pipeline import held as stages_of
 from dsv3.planner.roofline import Roofline
 from dsv3.planner.simulate import peak_activations
 
@@ -42,13 +43,12 @@ class Held:
         return self.dense / self.dense_copies + self.experts / self.expert_copies
 
 
-def held(roof: Roofline, cut_up: Sequence[Stage], schedule: Schedule | None) -> list[Held]:
+def held(roof: Roofline, cut_up: Sequence[Stage]) -> list[Held]:
     """What a device at each place of the pipeline holds."""
     config, layout = roof.config, roof.layout
     mirrored = 2 if layout.schedule == "dualpipe" and layout.pipeline > 1 else 1
     places = []
-    for place in range(layout.pipeline):
-        mine = [cut_up[s] for s in (schedule.held(place) if schedule is not None else (0,))]
+    for mine in _stages(roof, cut_up):
         dense = experts = 0.0
         for stage in mine:
             for index in stage.layers:
@@ -56,12 +56,22 @@ def held(roof: Roofline, cut_up: Sequence[Stage], schedule: Schedule | None) -> 
                 dense += each.replicated
                 experts += each.experts / layout.expert
             dense += stage.modules * junction(config)
-        ends = any(stage.first or stage.modules for stage in mine), any(stage.last for stage in mine)
-        # MTP modules look tokens up too; a tied head, or one embedding for both ends, is there once.
-        dense += vocabulary(config) * (max(ends) if config.tie_word_embeddings else sum(ends))
+        # MTP modules look tokens up too; who has both ends has the embedding once, and one matrix where it is tied.
+        embedding, head = any(s.first or s.modules for s in mine), any(s.last for s in mine)
+        dense += vocabulary(config) * (
+            (embedding or head) if config.tie_word_embeddings else embedding + head
+        )
         flat = layout.data * layout.context
         places.append(Held(dense, experts, flat * mirrored, layout.replicas * mirrored))
     return places
+
+
+def _stages(roof: Roofline, cut_up: Sequence[Stage]) -> list[list[Stage]]:
+    """The stages of each place of the pipeline."""
+    devices, schedule = roof.layout.pipeline, roof.layout.schedule
+    if devices == 1:
+        return [list(cut_up)]
+    return [[cut_up[s] for s in stages_of(schedule, d, devices, len(cut_up))] for d in range(devices)]
 
 
 def kept(roof: Roofline, moe: bool) -> float:
@@ -88,30 +98,35 @@ def kept(roof: Roofline, moe: bool) -> float:
     return total + rows * number * (hidden + (2 if roof.fp8 else 3) * width) + gate
 
 
-def footprint(
-    roof: Roofline, cut_up: Sequence[Stage], schedule: Schedule | None, moment: int
-) -> tuple[dict[str, float], ...]:
-    """Bytes by part of each place of the pipeline; moment: bytes of a number of the optimiser's two moments."""
-    config, layout = roof.config, roof.layout
-    each = {moe: roof.tokens * kept(roof, moe) for moe in (False, True)}
-    sizes = [sum(each[config.is_moe_layer(i)] for i in stage.layers) for stage in cut_up]
-    peaks = [float(sizes[0])] if schedule is None else peak_activations(schedule, "W", sizes)
-    weight = 4 if roof.precision == "fp32" else 2
+def standing(roof: Roofline, cut_up: Sequence[Stage], moment: int) -> list[dict[str, float]]:
+    """Bytes by part of each place of the pipeline, but for what microbatches leave behind.
+
+    moment: bytes of a number of the optimiser's two moments.
+    """
+    layout, weight = roof.layout, 4 if roof.precision == "fp32" else 2
     places = []
-    for place, mine in enumerate(held(roof, cut_up, schedule)):
-        stages_here = schedule.held(place) if schedule is not None else (0,)
-        here = mine.all
+    for mine, stages_here in zip(held(roof, cut_up), _stages(roof, cut_up), strict=True):
         share = mine.share(layout.sharding)
-        logits = roof.tokens * config.vocab_size * 4 if any(cut_up[s].last for s in stages_here) else 0.0
+        logits = roof.tokens * roof.config.vocab_size * 4 if any(s.last for s in stages_here) else 0.0
         places.append(
             {
-                "weights": weight * here,
-                "gradients": 4.0 * here,
+                "weights": weight * mine.all,
+                "gradients": 4.0 * mine.all,
                 "masters": 4.0 * share,
                 "moments": 2.0 * moment * share,
-                "activations": peaks[place],
                 "logits": min(logits, _LOGITS),
                 "buffers": roof.assumed.buffers * roof.hardware.memory,
             }
         )
-    return tuple(places)
+    return places
+
+
+def footprint(
+    roof: Roofline, cut_up: Sequence[Stage], schedule: Schedule | None, moment: int
+) -> tuple[dict[str, float], ...]:
+    """Bytes by part of each place of the pipeline; moment: as `standing` takes it."""
+    each = {moe: roof.tokens * kept(roof, moe) for moe in (False, True)}
+    sizes = [sum(each[roof.config.is_moe_layer(i)] for i in stage.layers) for stage in cut_up]
+    peaks = [float(sizes[0])] if schedule is None else peak_activations(schedule, "W", sizes)
+    places = zip(standing(roof, cut_up, moment), peaks, strict=True)
+    return tuple(parts | {"activations": peak} for parts, peak in places)

@@ -188,6 +188,12 @@ class Roofline:
         if heads:
             for total, seconds in zip(times, self._head, strict=True):
                 total["head"] += heads * seconds
+        for _ in range(stage.modules):
+            joined = self._product(
+                self.tokens, 2 * self.config.hidden_size, self.config.hidden_size, wide=True
+            )
+            for total, seconds in zip(times, joined, strict=True):
+                total["MTP's junction"] += seconds
         return Work(dict(times[0]), dict(times[1]), dict(times[2]), (there, back))
 
     @cached_property
@@ -258,7 +264,7 @@ class Roofline:
 
     @cached_property
     def _head(self) -> tuple[float, ...]:
-        """Logits and loss; a module's junction is a hundredth of it and counted with it."""
+        """Logits and loss."""
         c = self.config
         products = self._product(self.tokens, c.hidden_size, c.vocab_size, wide=True)
         loss = self.tokens * c.vocab_size * 4 / (self.hardware.bandwidth * self.assumed.elementwise)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig
 from dsv3.errors import size
-from dsv3.planner.footprint import Held, footprint, held
+from dsv3.planner.footprint import Held, footprint, held, standing
 from dsv3.planner.hardware import Hardware
 from dsv3.planner.model import Stage, stages, training_flops
 from dsv3.planner.pipeline import Schedule, schedule_of
@@ -240,7 +240,7 @@ def plan_training(
         forward_time=work.forward | _named(work.travel[0]),
         backward_time=_added(work.input, work.weight) | _named(work.travel[1]),
         pair_time=times.pairs[middle] if paired else 0.0,
-        step_time=step | _update(roof, cut_up, schedule, memory),
+        step_time=step | _update(roof, cut_up, memory),
         timeline=timeline,
         assumptions=roof.assumed.listed(),
     )
@@ -291,13 +291,11 @@ def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     return {part: one.get(part, 0.0) + other.get(part, 0.0) for part in dict.fromkeys([*one, *other])}
 
 
-def _update(
-    roof: Roofline, cut_up: list[Stage], schedule: Schedule | None, memory: tuple[dict[str, float], ...]
-) -> dict[str, float]:
+def _update(roof: Roofline, cut_up: list[Stage], memory: tuple[dict[str, float], ...]) -> dict[str, float]:
     """Seconds at the end of a step: gradients added up, shares updated, weights given back. Nothing is hidden, as
     gradients are whole only with the last microbatch."""
     sharding = roof.layout.sharding
-    places = held(roof, cut_up, schedule)
+    places = held(roof, cut_up)
     moving = [_exchange(roof, mine) for mine in places]
     # Without shares, float32 gradients go both ways; with them, they go one way and bf16 weights the other.
     back = 4.0 if sharding == "none" else 2.0
@@ -445,12 +443,17 @@ def search(
 
 def _refusal(roof: Roofline, batch: int, mtp: bool) -> str:
     """Why a layout is none, which is known before its schedule is simulated; empty where nothing is against it."""
+    cut_up, room = stages(roof.config, roof.layout.stages, mtp), roof.hardware.memory
+    least = max(sum(parts.values()) for parts in standing(roof, cut_up, 2)) - room
+    if least > 0:
+        return (
+            f"takes {size(least)} more memory than {roof.hardware.name} has, for weights and optimiser alone"
+        )
     try:
         schedule = _schedule(roof.layout, _microbatches(roof, batch))
     except RecipeError as problem:
         return str(problem)
-    memory = footprint(roof, stages(roof.config, roof.layout.stages, mtp), schedule, 2)
-    over = max(sum(parts.values()) for parts in memory) - roof.hardware.memory
+    over = max(sum(parts.values()) for parts in footprint(roof, cut_up, schedule, 2)) - room
     return f"takes {size(over)} more memory than {roof.hardware.name} has" if over > 0 else ""
 
 
