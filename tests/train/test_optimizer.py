@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dsv3.parallel.sharding import Held
 from dsv3.train.optimizer import MasterAdamW
+from tests.parallel.processes import run
 
 
 def small(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -170,3 +174,142 @@ def test_a_new_stage_starts_with_fresh_moments() -> None:
     step(model, optimizer, 7)
     step(fresh, MasterAdamW(fresh), 7)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+# Several processes -------------------------------------------------------------------------------------
+
+ODD = {"wide": (7, 5), "gain": (3,), "own": (2, 3, 3), "bias": (11,)}
+"""Of these `own` are experts: even ranks hold one stack, odd ones another."""
+
+
+class Odd(nn.Module):
+    """Parameters of odd sizes."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            seed = sum(name.encode())
+            weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            self.register_parameter(name, nn.Parameter(weight.to(dtype)))
+
+
+def gradient(name: str, shape: tuple[int, ...], number: int, rank: int, dtype: torch.dtype) -> Tensor:
+    seed = sum(name.encode()) + 1000 * number + 100_000 * rank
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def whole_name(name: str, rank: int) -> str:
+    return f"own{rank % 2}" if name == "own" else name
+
+
+def sharded_steps(
+    dtype: torch.dtype, share: bool, moments: torch.dtype, steps: int, spoilt: int | None = None
+) -> dict[str, Any]:
+    """What a process ends with after some steps; in step `spoilt` the last process has a gradient of NaN."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = Odd({whole_name(n, rank): s for n, s in ODD.items()}, dtype)
+    everyone = tuple(range(world))
+    held = {
+        name: Held(p.shape, 0, tuple(r for r in everyone if not name.startswith("own") or r % 2 == rank % 2))
+        for name, p in model.named_parameters()
+    }
+    optimizer = MasterAdamW(model, weight_decay=0.3, moments=moments, held=held, share=share)
+    norms = []
+    for number in range(steps):
+        for half in range(2):  # microbatches
+            for name, p in model.named_parameters():
+                p.grad = gradient(name, tuple(p.shape), 2 * number + half, rank, dtype)
+                if number == spoilt and rank == world - 1 and name == "bias":
+                    p.grad[0] = math.nan
+            optimizer.accumulate()
+        norms.append(optimizer.step(0.01, clip=1.0))
+    state = optimizer.state()
+    return {
+        "norms": norms,
+        "weights": {name: p.detach().float().numpy() for name, p in model.named_parameters()},
+        "masters": {
+            name: (optimizer.starts[name], master.flatten().numpy())
+            for name, master in optimizer.masters.items()
+        },
+        "kept": sum(t.numel() for t in state.values()),
+    }
+
+
+def single_steps(
+    world: int, dtype: torch.dtype, moments: torch.dtype, steps: int
+) -> tuple[MasterAdamW, Odd, list[float]]:
+    """The same in one process, which holds both stacks and has all gradients."""
+    model = Odd({whole_name(n, r): s for r in range(2) for n, s in ODD.items()}, dtype)
+    optimizer = MasterAdamW(model, weight_decay=0.3, moments=moments)
+    norms = []
+    for number in range(steps):
+        for half in range(2):
+            for rank in range(world):
+                for name, p in model.named_parameters():
+                    if not name.startswith("own") or name == f"own{rank % 2}":
+                        p.grad = gradient(name, tuple(p.shape), 2 * number + half, rank, dtype)
+                optimizer.accumulate()
+        norms.append(optimizer.step(0.01, clip=1.0))
+    return optimizer, model, norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("world", "share"), [(2, True), (4, True), (3, True), (4, False)])
+def test_shares_make_the_same_step(world: int, share: bool, dtype: torch.dtype) -> None:
+    """Weights, masters and norm of several steps, all clipped, are those of one process with all gradients."""
+    optimizer, model, norms = single_steps(world, dtype, torch.float32, 4)
+    assert min(norms) > 1.0, "clipped"
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    seen = {name: torch.zeros(size) for name, size in sizes.items()}
+    for rank, result in enumerate(run(world, sharded_steps, dtype, share, torch.float32, 4)):
+        assert result["norms"] == pytest.approx(norms, rel=1e-6)
+        for name, (start, part) in result["masters"].items():
+            master = optimizer.masters[name].flatten()[start : start + part.size]
+            torch.testing.assert_close(torch.from_numpy(part), master, rtol=1e-5, atol=1e-6)
+            seen[name][start : start + part.size] += 1
+        for name, weight in result["weights"].items():
+            rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
+            wanted = model.get_parameter(name).detach().float()
+            torch.testing.assert_close(torch.from_numpy(weight), wanted, rtol=rounding, atol=1e-6)
+        own = [r for r in range(world) if r % 2 == rank % 2]
+        mine, ours = sizes[f"own{rank % 2}"], sum(s for n, s in sizes.items() if not n.startswith("own"))
+        members, sharers = (len(own), world) if share else (1, 1)
+        # A parameter's last share may be padding, which is nobody's.
+        most = 3 * (-(-mine // members) + -(-ours // sharers))
+        assert result["kept"] <= most and (share or result["kept"] == most)
+    # Without shares everyone has everything; with them each number has one master.
+    copies = {
+        n: 1 if share else sum(r % 2 == int(n[-1]) for r in range(world)) if "own" in n else world
+        for n in sizes
+    }
+    for name, count in seen.items():
+        assert (count == copies[name]).all(), name
+
+
+def test_weights_are_the_masters_rounded_everywhere() -> None:
+    results = run(4, sharded_steps, torch.bfloat16, True, torch.bfloat16, 3)
+    masters: dict[str, Tensor] = {}
+    for result in results:
+        for name, (start, part) in result["masters"].items():
+            size = result["weights"][name].size if name in result["weights"] else part.size
+            whole = masters.setdefault(name, torch.full((size,), math.nan))
+            whole[start : start + part.size] = torch.from_numpy(part)
+    for result in results:
+        for name, weight in result["weights"].items():
+            assert torch.equal(torch.from_numpy(weight).flatten(), masters[name].bfloat16().float()), name
+
+
+def test_shares_are_the_same_bits_each_time() -> None:
+    one, two = (run(4, sharded_steps, torch.bfloat16, True, torch.bfloat16, 3) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert a["norms"] == b["norms"]
+        for name, (_, master) in a["masters"].items():
+            assert (master == b["masters"][name][1]).all(), name
+
+
+def test_one_process_without_a_number_stops_all() -> None:
+    before = run(2, sharded_steps, torch.float32, True, torch.float32, 2)
+    after = run(2, sharded_steps, torch.float32, True, torch.float32, 3, 2)
+    for a, b in zip(before, after, strict=True):
+        assert math.isnan(b["norms"][-1])
+        assert all((b["weights"][name] == weight).all() for name, weight in a["weights"].items())

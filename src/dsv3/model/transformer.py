@@ -121,11 +121,12 @@ class Transformer(nn.Module):
         )
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0, first_expert: int = 0) -> None:
+    def init_weights(self, seed: int = 0, first_expert: int = 0, within: str = "") -> None:
         """Normal(0, `initializer_range`) for every matrix (report, section 4.2); norms one, biases zero.
 
         Each matrix, and each expert of a stack, has random numbers of its own, by seed and name: a process that holds
-        a part of the model gives it the same ones. first_expert: number of the first one in the stacks here.
+        a part of the model gives it the same ones. first_expert: number of the first one in the stacks here; within:
+        the module to do this for, by name, by default all.
         """
 
         def draw(matrix: Tensor, name: str) -> None:
@@ -135,7 +136,8 @@ class Transformer(nn.Module):
                 torch.empty(matrix.shape).normal_(0.0, self.config.initializer_range, generator=generator)
             )
 
-        for name, parameter in self.named_parameters():
+        top = self.get_submodule(within)
+        for name, parameter in top.named_parameters(within):
             module = self.get_submodule(name.rpartition(".")[0])
             if isinstance(module, Experts):
                 for i, matrix in enumerate(parameter, start=first_expert):
@@ -146,7 +148,7 @@ class Transformer(nn.Module):
                 parameter.zero_()
             else:
                 draw(parameter, name)
-        for buffer in self.buffers():  # correction biases
+        for buffer in top.buffers():  # correction biases
             buffer.zero_()
 
     def forward(

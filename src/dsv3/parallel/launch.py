@@ -299,6 +299,10 @@ def start(device: str, timeout: float = TIMEOUT) -> str:
     return kind if gpu is None else str(gpu)
 
 
+class _PeerMissing(PeerLost):
+    """Others have not come in time, which is why they will be ended."""
+
+
 def _unwritten(store: Store, rank: int, world: int, timeout: float) -> Store:
     """A part of the store that is new, and the same for all.
 
@@ -324,7 +328,7 @@ def _unwritten(store: Store, rank: int, world: int, timeout: float) -> Store:
         missing = [other for other in missing if not store.check([f"dsv3/{name}/knows/{other}"])]
         if missing and time.monotonic() - began > timeout:
             ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            raise PeerLost(
+            raise _PeerMissing(
                 f"{len(missing)} of {world} processes have not come within {timeout:g} s: ranks {ranks}"
             )
         time.sleep(0.01)
@@ -370,14 +374,14 @@ def _end(problem: BaseException, watch: Watch | None) -> NoReturn:
     elif isinstance(problem, SystemExit):
         status, kind = problem.code if isinstance(problem.code, int) else 1, "exit"
     elif isinstance(problem, PeerLost):
-        status, kind = LOST, "peer"
+        status, kind = LOST, "hang" if isinstance(problem, _PeerMissing) else "peer"
     elif isinstance(problem, OSError) and problem.strerror:
         text = problem.strerror if problem.filename is None else f"{problem.filename}: {problem.strerror}"
     elif not isinstance(problem, UserError):
         kind, text = "defect", f"{type(problem).__name__}: {problem}".splitlines()[0]
     trace = "".join(traceback.format_exception(problem)) if kind == "defect" else ""
     with suppress(Exception):
-        told = kind in ("user", "defect", "peer") and leave_words(kind, text, trace)
+        told = kind in ("user", "defect", "peer", "hang") and leave_words(kind, text, trace)
         told = told or "DSV3_LAUNCHED" in os.environ or kind == "exit" or status == 128 + signal.SIGTERM
         if not told and watch is not None:
             watch.speak(f"{trace}dsv3: {text}")
@@ -385,7 +389,7 @@ def _end(problem: BaseException, watch: Watch | None) -> NoReturn:
             print(f"{trace}dsv3: {text}", file=sys.stderr)
     if watch is not None:
         with suppress(Exception):
-            watch.close(GAVE_UP if kind == "peer" else f"status {status}: {text}")
+            watch.close(GAVE_UP if status == LOST else f"status {status}: {text}")
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -9,7 +9,7 @@ that follows who must add up whose gradients (the optimiser), and how a saved st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from dsv3.config import ModelConfig
 from dsv3.model import Transformer
+from dsv3.model.transformer import MTPModule
 from dsv3.parallel.experts import own_experts
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.part import Part, spans, stages_with
@@ -70,6 +71,7 @@ def build(
     """A model with random weights, or this process's part of it, which never takes more memory than that part.
 
     Weights are the same numbers whatever the layout: each has a generator of its own (`Transformer.init_weights`).
+    They are drawn on the CPU in float32, a block at a time.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -82,11 +84,14 @@ def build(
                 mine = own_experts(mesh, config.n_routed_experts)
                 first = mine.start
                 _cut(model, mine)
-    model.to_empty(device="cpu")
-    if config.tie_word_embeddings and hasattr(model, "lm_head"):  # which to_empty has parted
-        model.lm_head.weight = model.embed_tokens.weight
-    model.init_weights(seed, first)
-    return model.to(device=device, dtype=dtype)
+    for name, module in _pieces(model):
+        if name == "lm_head" and config.tie_word_embeddings:  # which `to_empty` would part
+            module.weight = model.embed_tokens.weight
+            continue
+        module.to_empty(device="cpu")
+        model.init_weights(seed, first, name)
+        module.to(device=device, dtype=dtype)
+    return model
 
 
 def _cut(model: nn.Module, mine: slice) -> None:
@@ -94,3 +99,12 @@ def _cut(model: nn.Module, mine: slice) -> None:
         if name.endswith(STACKS):
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(parameter.detach()[mine].clone()))
+
+
+def _pieces(module: nn.Module, within: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What a model is made of: its blocks, and the single layers beside them; the embedding before the head."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | MTPModule):
+            yield from _pieces(child, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", child

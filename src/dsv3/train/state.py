@@ -2,16 +2,20 @@
 
     PHASE/state-00001200/                     the phase after 1,200 steps
         shard-00001-model-*.safetensors, ...  each process's masters, moments, averages, and biases
-        position.json                         steps, tokens, where the data stands
+        position.json                         steps, tokens, where the data stands; the files and their sizes
 
 Whatever the layout, what a process holds of a parameter is one run of the flattened whole: the share of ZeRO-1, an
-expert's rows, a stage's layers. So a parameter is saved as a flat tensor of which each process writes a run (`Run`
-in the file's own header), and a process of any other layout reads the runs that it needs. One process is a layout too.
+expert's rows, a stage's layers. So a parameter is saved as a flat tensor of which each process writes a run (where
+it begins is in the file's own header), and a process of any other layout reads the runs that it needs. One process is a
+layout too.
 
 Tensors are copied first and written by a thread while training goes on. A state is written beside its place and
-renamed when every process has written its part, so that a state that is there is whole; the last ones are kept.
+renamed when every process has written its part, so that a state that is there is whole; the last ones are kept. A step
+that is there already is not written again. What cannot be written on one process is an error on all.
+
 Nothing here is pickled: `torch.distributed.checkpoint` usually keeps a pickled table of contents, but not with its
-safetensors storage, which finds it in the files' headers.
+safetensors storage, which finds it in the files' headers. It would not miss a file, though, and leave what was in it
+as it was; so files are compared with the list, and runs must make up the whole without gaps or overlaps.
 """
 
 from __future__ import annotations
@@ -21,15 +25,14 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,9 +51,12 @@ from dsv3.errors import UserError
 from dsv3.files import write_whole
 from dsv3.parallel.mesh import leads
 
+T = TypeVar("T")
+
 KEPT = 2
 """States of a phase that are kept."""
 _POSITION = "position.json"
+_FILES = "files"
 _NAME = re.compile(r"state-(\d{8,})")
 
 
@@ -134,29 +140,66 @@ class Saver:
 
     def _write(self, tensors: dict[str, Tensor], step: int, position: str) -> None:
         target = self.folder / f"state-{step:08d}"
-        partial = self.folder / f".state-{step:08d}.partial"
-        if leads():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".state-*"):  # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir()
-            write_whole(partial / _POSITION, position)
-        self._together()
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process
-            save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        self._together()
-        if leads():
-            if target.exists():  # the same step, saved again at the end of a phase
-                target.rename(self.folder / f".state-{step:08d}.old")
-            partial.rename(target)
-            for old in [*_states(self.folder)[:-KEPT], *self.folder.glob(".state-*")]:
-                shutil.rmtree(old, ignore_errors=True)
+        partial = self.folder / f".{target.name}.partial"
+        try:
+            if self._on_lead(lambda: _begin(target, partial)):
+                return
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is one process
+                save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            files = self._files(partial)
+            self._on_lead(lambda: _finish(target, partial, json.loads(position) | {_FILES: files}))
+        except (OSError, CheckpointException) as problem:
+            failures = problem.failures if isinstance(problem, CheckpointException) else {}
+            why = next((error for error, _ in failures.values()), problem)
+            raise UserError(
+                f"{target} cannot be written ({_line(why)}): mend that and start again, from the save before"
+            ) from None
 
-    def _together(self) -> None:
+    def _on_lead(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the first process, in all of them; an OSError there is one everywhere."""
+        said: list[T | OSError | None] = [None]
+        if leads():
+            try:
+                said = [work()]
+            except OSError as problem:
+                said = [problem]
         if self._group is not None:
-            dist.barrier(self._group)
+            dist.broadcast_object_list(said, src=0, group=self._group)
+        (result,) = said
+        if isinstance(result, OSError):
+            raise result
+        return result  # type: ignore[return-value]
+
+    def _files(self, partial: Path) -> dict[str, int]:
+        """The size of every file that was written, by name. Each process looks at its own."""
+        rank = 0 if self._group is None else dist.get_rank(self._group)
+        mine = {file.name: file.stat().st_size for file in partial.glob(f"shard-{rank + 1:05d}-*")}
+        everyones = [mine]
+        if self._group is not None:
+            everyones *= dist.get_world_size(self._group)
+            dist.all_gather_object(everyones, mine, group=self._group)
+        return {name: size for files in everyones for name, size in files.items()}
+
+
+def _begin(target: Path, partial: Path) -> bool:
+    """Make an empty folder to write to; whether there is no need, as what is to be written is there."""
+    if target.exists():
+        return True
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for left in partial.parent.glob(".state-*"):  # of a run that was killed
+        shutil.rmtree(left)
+    partial.mkdir()
+    return False
+
+
+def _finish(target: Path, partial: Path, position: Mapping[str, Any]) -> None:
+    write_whole(partial / _POSITION, json.dumps(position))
+    partial.rename(target)
+    for old in _states(target.parent)[:-KEPT]:
+        gone = old.rename(old.with_name(f".{old.name}.old"))  # whole or not there, also while it is removed
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -167,7 +210,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _states(folder: Path) -> list[Path]:
     """The whole states of a phase, the latest last."""
-    return sorted(path for path in folder.glob("state-*") if _NAME.fullmatch(path.name))
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("state-*"))
+    return [path for _, path in sorted((int(name[1]), path) for name, path in named if name)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -177,25 +221,20 @@ def latest(folder: Path) -> Path | None:
 
 def read_position(folder: Path) -> Position:
     """How far a phase is by its latest state. Raises UserError if there is none, or it is broken."""
-    state = latest(folder)
-    if state is None:
-        raise UserError(f"{folder} holds no state: train the stage before it first")
-    try:
-        return Position(**read_json(state / _POSITION, UserError))
-    except (TypeError, UserError) as problem:
-        raise _broken(state, problem) from None
+    return _read_position(_latest(folder))[0]
 
 
 def read_state(folder: Path, tensors: Mapping[str, Tensor]) -> Position:
     """Fill tensors (`Piece`s of parameters, and whole ones) from the latest state of a phase, and say how far it is.
 
-    Raises UserError if there is none, if it is broken, or of another model.
+    Reads the headers of all files, and of the numbers those that are wanted. Raises UserError if there is no state, if
+    it is broken, or of another model; then tensors may be filled in part.
     """
-    position = read_position(folder)
-    state = latest(folder)
-    assert state is not None
+    state = _latest(folder)
+    position, files = _read_position(state)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     try:
+        _check_files(state, files)
         reader = HuggingFaceStorageReader(str(state))
         saved = reader.read_metadata().state_dict_metadata
         for name, tensor in tensors.items():
@@ -203,16 +242,65 @@ def read_state(folder: Path, tensors: Mapping[str, Tensor]) -> Position:
                 raise UserError(
                     f"{folder.parent} is the run of another recipe ({name} differs): name another --out"
                 )
+            _check_chunks(name, saved[name])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             load(dict(tensors), storage_reader=reader, no_dist=True)
-    except (OSError, SafetensorError, CheckpointException, KeyError, ValueError, RuntimeError) as problem:
-        if isinstance(problem, UserError):
-            raise
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as problem:  # there is nothing that a header could not say
         raise _broken(state, problem) from None
     return position
 
 
+def _latest(folder: Path) -> Path:
+    state = latest(folder)
+    if state is None:
+        raise UserError(f"{folder} holds no state: train the stage before it first")
+    return state
+
+
+def _read_position(state: Path) -> tuple[Position, dict[str, int]]:
+    """How far a state is, and which files it consists of."""
+    try:
+        values = read_json(state / _POSITION, UserError)
+        files = values.pop(_FILES)
+        position = Position(**values)
+        counts = position.step, position.tokens, position.planned, position.updates, *files.values()
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"{_POSITION} has {counts} where whole numbers belong")
+        if not isinstance(position.seconds, int | float):
+            raise ValueError(f"{_POSITION} has {position.seconds!r} seconds")
+        for value in (position.stream, position.past):
+            if not isinstance(value, dict | None):
+                raise ValueError(f"{_POSITION} has {value!r} where an object belongs")
+    except (AttributeError, KeyError, TypeError, ValueError, UserError) as problem:
+        raise _broken(state, problem) from None
+    return position, files
+
+
+def _check_files(state: Path, files: Mapping[str, int]) -> None:
+    here = {file.name: file.stat().st_size for file in state.glob("*.safetensors")}
+    for name in here.keys() | files.keys():
+        if here.get(name) != files.get(name):
+            raise ValueError(f"{name} has {here.get(name, 'no')} bytes, not {files.get(name, 'none')}")
+
+
+def _check_chunks(name: str, saved: Any) -> None:
+    """Raise ValueError where what was saved of a flat tensor leaves a gap, or says something twice."""
+    end = 0
+    for chunk in sorted(saved.chunks, key=lambda chunk: tuple(chunk.offsets)):
+        if chunk.offsets[0] != end:
+            raise ValueError(f"{name} goes on at {chunk.offsets[0]}, not at {end}")
+        end += chunk.sizes[0]
+    if end != saved.size[0]:
+        raise ValueError(f"{name} ends at {end}, not at {saved.size[0]}")
+
+
 def _broken(state: Path, problem: BaseException) -> UserError:
-    said = " ".join(str(problem).split())
-    return UserError(f"{state} is broken ({said}): remove it to go on from the one before, or anew")
+    return UserError(f"{state} is broken ({_line(problem)}): remove it to go on from the one before, or anew")
+
+
+def _line(problem: BaseException) -> str:
+    said = " ".join(str(problem).split()) or type(problem).__name__
+    return said if len(said) < 300 else f"{said[:300]} ..."
