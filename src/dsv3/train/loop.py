@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3.data.stream import Batch, ChatStream, TokenStream
 from dsv3.errors import UserError
-from dsv3.parallel.watch import doing
+from dsv3.parallel.watch import doing, waiting
 from dsv3.recipe import Stop
 from dsv3.recipe.train import Plan
 from dsv3.train.guard import SpikeGuard, dump, name_the_layer, stopped
@@ -155,17 +155,16 @@ def train(loop: Loop, log: MetricsLog | None) -> None:
     last_save = time.monotonic()
     with closing(Progress(plan.tokens)) as shown:
         while not position.done:
-            doing("training", position.step + 1)
             metrics = take_step(loop, spikes)
             if log is not None:
                 log.write(metrics)
                 shown.show(metrics, position.step + plan.steps_left(position.tokens))
             due = time.monotonic() - last_save > loop.save_every
             if due if team is None else team.first_says(due):
-                doing("saving")
+                waiting("saving")
                 save(run, stream)
                 last_save = time.monotonic()
-    doing("saving")
+    waiting("saving")
     save(run, stream, wait=True)
 
 
@@ -175,7 +174,9 @@ def take_step(loop: Loop, spikes: SpikeGuard | None = None) -> StepMetrics:
     started, position = time.monotonic(), run.position
     at, rows = position.tokens, plan.rows(position.tokens)
     lr, mtp_weight, gamma = plan.lr(at), plan.mtp(at), plan.gamma(at)
+    doing("reading", position.step + 1)
     batch = loop.stream.next(rows, slice(None) if run.team is None else run.team.rows(rows))
+    doing("training")
     losses = backward(run, batch, loop.microbatch, mtp_weight)
     run.optimizer.reduce()
     norm = run.optimizer.norm()

@@ -139,7 +139,10 @@ class Run:
 
 
 def trained_model(config: ModelConfig, folder: Path, average: bool = False) -> DeepseekV3:
-    """The model that a phase has come to, in float32, in one process: its masters, or their moving average."""
+    """The model that a phase has come to, in float32, in one process: its masters, or their moving average.
+
+    Whatever layout it was trained in. Takes four bytes of memory for each parameter of the whole model.
+    """
     model = DeepseekV3(config)
     kind = "ema" if average else "master"
     tensors: dict[str, Tensor] = {
