@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train()
     config = PRESETS["tiny"].replace(vocab_size=tokenizer.get_vocab_size())
     model = DeepseekV3(config)
-    model.init_weights()
+    model.init_weights(1)
     model.save_pretrained(folder)
     save(folder, tokenizer)
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.0, "eos_token_id": 1}))
