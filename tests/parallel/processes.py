@@ -78,7 +78,8 @@ def _work(
             timeout=timedelta(seconds=timeout),
         )
         end.send((True, work(*args)))
-        dist.barrier()  # who leaves earlier may break off a connection that another is still making
-        dist.destroy_process_group()
+        if dist.is_initialized():  # unless the work has left the group itself
+            dist.barrier()  # who leaves earlier may break off a connection that another is still making
+            dist.destroy_process_group()
     except BaseException:
         end.send((False, traceback.format_exc()))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -387,6 +388,7 @@ def run_and_fail(case: Case, place: int) -> str:
     try:
         Pipeline(case.layout.schedule, mesh, shape, case.dtype).run(case.microbatches, forward)
     except Exception as error:
+        dist.destroy_process_group()
         return type(error).__name__
     return "nothing"
 
