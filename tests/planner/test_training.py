@@ -14,10 +14,11 @@ import pytest
 
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import UserError
+from dsv3.planner.assumptions import listed
 from dsv3.planner.footprint import held, kept
 from dsv3.planner.hardware import load_profiles
 from dsv3.planner.model import parameters, stages
-from dsv3.planner.roofline import Assumptions, Roofline, visited
+from dsv3.planner.roofline import SOURCES, UNITS, Assumptions, Roofline, visited
 from dsv3.planner.training import TrainingPlan, plan_recipe, plan_training, search
 from dsv3.recipe import Layout, RecipeError, load_recipe
 
@@ -65,7 +66,7 @@ def test_the_reports_bill() -> None:
     assert set(whole.skipped) == {"sft"} and "epochs" in whole.skipped["sft"]
     assert whole.dollars == pytest.approx(5.576e6, rel=0.06)
     assert whole.dollars == pytest.approx(2 * whole.gpu_hours)
-    assert whole.assumptions == Assumptions().listed()
+    assert whole.assumptions == listed(Assumptions(), SOURCES, UNITS)
 
 
 def test_the_steps_of_the_hardware_paper() -> None:

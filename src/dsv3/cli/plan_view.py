@@ -15,11 +15,12 @@ from dsv3.errors import size
 from dsv3.figures import amount
 
 if TYPE_CHECKING:
+    from dsv3.planner.assumptions import Assumption
     from dsv3.planner.experts import Placement
     from dsv3.planner.fit import Machine, Option
     from dsv3.planner.hardware import Hardware
     from dsv3.planner.serving import ServingPlan, Unit
-    from dsv3.planner.training import Assumption, Candidate, RecipePlan, TrainingPlan
+    from dsv3.planner.training import Candidate, RecipePlan, TrainingPlan
     from dsv3.recipe import Layout
 
 Shown = tuple[Sequence[RenderableType], dict[str, Any]]

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
+from dsv3.planner.assumptions import Assumption, listed
 from dsv3.planner.hardware import Hardware
-from dsv3.planner.serving import Matrices, listed
-from dsv3.planner.training import Assumption
+from dsv3.planner.serving import Matrices
 
 PROMPT = 2048
 """Tokens of the prompt that is reckoned with."""

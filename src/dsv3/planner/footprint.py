@@ -69,8 +69,6 @@ def held(roof: Roofline, cut_up: Sequence[Stage]) -> list[Held]:
 def _stages(roof: Roofline, cut_up: Sequence[Stage]) -> list[list[Stage]]:
     """The stages of each place of the pipeline."""
     devices, schedule = roof.layout.pipeline, roof.layout.schedule
-    if devices == 1:
-        return [list(cut_up)]
     return [[cut_up[s] for s in stages_of(schedule, d, devices, len(cut_up))] for d in range(devices)]
 
 

@@ -18,7 +18,6 @@ halves of the backward pass; head, gates and `eh_proj` are in bf16. Rates are sh
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -26,19 +25,10 @@ from functools import cached_property
 
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
+from dsv3.planner.assumptions import check_shares
 from dsv3.planner.hardware import Hardware
 from dsv3.planner.model import Stage, attention_flops
 from dsv3.recipe.layout import Layout
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """A number that is neither the model's nor the data sheet's."""
-
-    name: str
-    value: float
-    unit: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -77,19 +67,9 @@ class Assumptions:
     """Share of the memory for communication buffers, workspaces and fragmentation."""
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name not in UNITS and not 0 <= value <= 1:
-                raise UserError(f"{f.name} is {value}: it is a share, so from 0 to 1")
+        check_shares(self, UNITS)
         if min(self.products_fp8, self.products_bf16, self.memory, self.elementwise, self.balance) == 0:
             raise UserError("shares that products, kernels and balance reach must be above 0")
-
-    def listed(self) -> tuple[Assumption, ...]:
-        """Each with its unit (none for a share) and source, as a table shows them."""
-        names = [f.name for f in dataclasses.fields(self)]
-        return tuple(
-            Assumption(n.replace("_", " "), getattr(self, n), UNITS.get(n, ""), SOURCES[n]) for n in names
-        )
 
 
 _TRACE = "DeepSeek's trace of 4 layers of V3's training (profile-data, train.json): "

@@ -20,16 +20,14 @@ Every number that is not the hardware's or the model's own is in `Assumptions`, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError, size
+from dsv3.planner.assumptions import Assumption, check_shares, listed
 from dsv3.planner.hardware import Hardware
-from dsv3.planner.training import Assumption
 
 HOUR, MILLION = 3600, 1e6
 
@@ -70,10 +68,7 @@ class Assumptions:
     """Share of a GPU's memory that neither weights nor latents may take: buffers, activations, the driver."""
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name not in ("kernels", "kernel") and not 0 <= value <= 1:
-                raise UserError(f"{f.name} is {value}: it is a share, so from 0 to 1")
+        check_shares(self, UNITS)
         if self.balance == 0 or self.hits == 1:
             raise UserError("balance must be above 0 and hits below 1")
 
@@ -179,14 +174,6 @@ class ServingPlan:
     def assumptions(self) -> tuple[Assumption, ...]:
         """What is assumed, with its sources."""
         return listed(self.assumed, SOURCES, UNITS)
-
-
-def listed(assumed: Any, sources: Mapping[str, str], units: Mapping[str, str]) -> tuple[Assumption, ...]:
-    """The fields of a dataclass of assumptions as a list; those without a unit are shares."""
-    return tuple(
-        Assumption(name.replace("_", " "), getattr(assumed, name), units.get(name, ""), source)
-        for name, source in sources.items()
-    )
 
 
 @dataclass(frozen=True)
@@ -395,6 +382,7 @@ class _Room:
     redundant: int
     memory: dict[str, float]
     cache: float
+    cache_tokens: int
 
 
 def _room(model: Matrices, gpu: _Gpu, work: str, redundant: int | None) -> _Room:
@@ -411,40 +399,35 @@ def _room(model: Matrices, gpu: _Gpu, work: str, redundant: int | None) -> _Room
         raise UserError(
             f"each of {gpu.gpus} {hardware.name} would hold {size(taken)}, but has {size(hardware.memory)}: {advice}"
         )
-    return _Room(experts, copies, memory, hardware.memory - taken)
+    cache = hardware.memory - taken
+    return _Room(experts, copies, memory, cache, int(cache // model.token_bytes()))
 
 
 def _prefill_unit(model: Matrices, gpu: _Gpu, room: _Room, prompt: int, chunk: int) -> Unit:
-    return Unit(
-        work="prefill",
-        hardware=gpu.hardware,
-        gpus=gpu.gpus,
-        nodes=gpu.nodes,
-        experts=room.experts,
-        redundant=room.redundant,
-        memory=room.memory,
-        cache=room.cache,
-        cache_tokens=int(room.cache // model.token_bytes()),
-        batch=chunk,
-        length=prompt,
-        time=_prefill(model, gpu, room.experts, prompt, chunk),
-        tokens_per_step=chunk,
-    )
+    time = _prefill(model, gpu, room.experts, prompt, chunk)
+    return _unit("prefill", gpu, room, chunk, prompt, time, chunk)
 
 
 def _decode_unit(
     model: Matrices, gpu: _Gpu, room: _Room, context: int, batch: int | None, speed: float
 ) -> Unit:
-    tokens = int(room.cache // model.token_bytes())
-    fits = tokens // context
+    fits = room.cache_tokens // context
     if not 1 <= (batch or fits) <= fits:
         raise UserError(
-            f"batch is {batch or 1}, but the cache of a {gpu.hardware.name} holds {tokens:,} tokens, {fits} answers of "
+            f"batch is {batch or 1}, but the cache of a {gpu.hardware.name} holds {room.cache_tokens:,} tokens, {fits} answers of "
             f"{context:,}: take fewer, or shorter ones"
         )
     answers = batch or _quick_enough(model, gpu, room.experts, context, fits, speed)
+    time = _decode(model, gpu, room.experts, context, answers)
+    gained = answers * (1 + model.modules * gpu.assumed.accepted)
+    return _unit("decode", gpu, room, answers, context, time, gained)
+
+
+def _unit(
+    work: str, gpu: _Gpu, room: _Room, batch: int, length: int, time: dict[str, float], tokens_per_step: float
+) -> Unit:
     return Unit(
-        work="decode",
+        work=work,
         hardware=gpu.hardware,
         gpus=gpu.gpus,
         nodes=gpu.nodes,
@@ -452,11 +435,11 @@ def _decode_unit(
         redundant=room.redundant,
         memory=room.memory,
         cache=room.cache,
-        cache_tokens=tokens,
-        batch=answers,
-        length=context,
-        time=_decode(model, gpu, room.experts, context, answers),
-        tokens_per_step=answers * (1 + model.modules * gpu.assumed.accepted),
+        cache_tokens=room.cache_tokens,
+        batch=batch,
+        length=length,
+        time=time,
+        tokens_per_step=tokens_per_step,
     )
 
 

@@ -22,18 +22,18 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig
 from dsv3.errors import size
+from dsv3.planner.assumptions import Assumption, listed
 from dsv3.planner.footprint import Held, footprint, held, standing
 from dsv3.planner.hardware import Hardware
 from dsv3.planner.model import Stage, stages, training_flops
 from dsv3.planner.pipeline import Schedule, schedule_of
-from dsv3.planner.roofline import Assumption, Assumptions, Roofline
+from dsv3.planner.roofline import SOURCES, UNITS, Assumptions, Roofline
 from dsv3.planner.simulate import Costs, Timeline, simulate
 from dsv3.recipe import Recipe, RecipeError
 from dsv3.recipe.layout import Layout, ScheduleName
 from dsv3.recipe.train import Plan, plan
 
 __all__ = [
-    "Assumption",
     "Assumptions",
     "Candidate",
     "PhasePlan",
@@ -242,7 +242,7 @@ def plan_training(
         pair_time=times.pairs[middle] if paired else 0.0,
         step_time=step | _update(roof, cut_up, memory),
         timeline=timeline,
-        assumptions=roof.assumed.listed(),
+        assumptions=listed(roof.assumed, SOURCES, UNITS),
     )
 
 
