@@ -123,7 +123,10 @@ def _essence(recipe: Recipe, options: Options) -> dict[str, Any]:
         "scale": options.scale,
         "init": options.init,
         "optimizer": dataclasses.asdict(recipe.optimizer),
-        "stages": {name: dataclasses.asdict(phase) for name, phase in recipe.phases.items()},
+        "stages": {
+            name: dataclasses.asdict(dataclasses.replace(phase, parallel=None))
+            for name, phase in recipe.phases.items()
+        },
     }
 
 
