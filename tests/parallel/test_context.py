@@ -188,7 +188,7 @@ def _pipelined(layout: Layout, microbatches: int, seq: int, recompute: bool) -> 
         return losses.hidden, losses.total
 
     shape = 1, len(places.of(seq)), CONFIG.hidden_size
-    Pipeline(layout.schedule, mesh, shape, torch.float32).run(microbatches, forward)
+    Pipeline(mesh, shape, torch.float32).run(microbatches, forward)
     return {"total": total}, {n: p.grad.numpy() for n, p in made.named_parameters() if p.grad is not None}
 
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.model import Transformer
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.sharding import build, holdings, make_groups
+from dsv3.parallel.mesh import Mesh, make_groups
+from dsv3.parallel.sharding import build, holdings
 from dsv3.recipe import Layout
 from tests.parallel.processes import run
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsv3.errors import UserError
 from dsv3.figures import FAINT, figure, title
 from dsv3.model import Routing, Transformer
+from dsv3.train import loss
 
 if TYPE_CHECKING:
     from dsv3.engine.llm import LLM
@@ -79,9 +80,8 @@ def _count(model: Transformer, ids: Tensor, counts: dict[int, Tensor]) -> None:
     """Add to `counts` what ids [rows, window] choose."""
     routing: list[Routing] = []
     model.features(ids.to(model.embed_tokens.weight.device), routing=routing)
-    for layer in routing:
-        chosen = torch.bincount(layer.indices.flatten(), minlength=layer.scores.shape[1]).cpu()
-        counts[layer.layer] = counts.get(layer.layer, 0) + chosen
+    for layer, chosen in loss.expert_loads(routing).items():
+        counts[layer] = counts.get(layer, 0) + chosen.cpu()
 
 
 def _windows(

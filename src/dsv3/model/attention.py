@@ -103,13 +103,17 @@ class LatentAttention(nn.Module):
 
         Queries are [tokens, heads, ...], mask is [tokens, context]; returns [tokens, heads * v].
         """
-        compressed, k_rope = context.split((self.rank, self.rotary), dim=-1)
-        kv = self.kv_b_proj(compressed).unflatten(-1, (self.heads, self.nope + self.v_dim))
-        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
+        k, v = self._keys_values(context)
         q, k, v = (t.transpose(0, 1)[None] for t in (torch.cat((q_nope, q_rope), dim=-1), k, v))
         out = causal_attention(q, k, v, self.scale, None if mask is None else mask[None, None])
         return out[0].transpose(0, 1).flatten(1)
+
+    def _keys_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [..., heads, qk_dim] and values [..., heads, v] expanded from latents [..., latent_dim]."""
+        compressed, k_rope = latent.split((self.rank, self.rotary), dim=-1)
+        kv = self.kv_b_proj(compressed).unflatten(-1, (self.heads, self.nope + self.v_dim))
+        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
+        return torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1), v
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """The same over the latents of one sequence, [context, latent_dim].

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.mesh import Mesh, make_groups
 from dsv3.planner.pipeline import Op, Schedule, device_of
 
 Message = tuple[Literal["F", "B"], int, int]
@@ -53,27 +53,25 @@ Channels = dict[tuple[int, int], Channel]
 """By the places in the pipeline that they join."""
 
 
-def connect(mesh: Mesh, name: str, device: torch.device) -> Channels:
-    """The channels of a schedule of this name that begin or end at this process. All processes call this.
+def connect(mesh: Mesh, device: torch.device) -> Channels:
+    """The channels of a layout's pipeline that begin or end at this process. All processes call this.
 
-    It makes 2 (pipeline - 1) data * context groups, which costs only those who are in them, but for NCCL bound to a
-    device, which splits the world for each.
+    In all there are 2 (pipeline - 1) data * context groups, which cost only those who are in them, but for NCCL bound to
+    a device, which splits the world for each.
     """
-    layout = mesh.layout
+    layout, here = mesh.layout, mesh.pipeline
     width = layout.data * layout.context
     pairs: set[tuple[int, int]] = set()
     for stage in range(layout.stages - 1):
-        a, b = (device_of(name, s, layout.pipeline) for s in (stage, stage + 1))
-        pairs |= {(a, b), (b, a)}
-    backend, channels = dist.get_default_backend_for_device(device), Channels()
-    # In the same order everywhere, for two processes of one pipeline wait for each other when they make a group; those
-    # who are not in it must take part, too (torch names groups by counting), but do not wait.
-    for a, b in sorted((a, b) for a, b in pairs if a != b):
-        for flat in range(width):
-            source, target = a * width + flat, b * width + flat
-            group = dist.new_group([source, target], backend=backend)
-            if mesh.rank in (source, target):
-                channels[a, b] = Channel(source, target, group)
+        a, b = (device_of(layout.schedule, s, layout.pipeline) for s in (stage, stage + 1))
+        pairs |= {(a, b), (b, a)} if a != b else set()
+    ranks = {
+        (a, b): (a * width + mesh.rank % width, b * width + mesh.rank % width)
+        for a, b in sorted(pairs)
+        if here in (a, b)
+    }
+    groups = make_groups(ranks.values(), dist.get_default_backend_for_device(device))
+    channels = {pair: Channel(*ends, groups[ends]) for pair, ends in ranks.items()}
     # NCCL connects two at their first message, and holds up both until it has.
     for channel in channels.values():
         first = torch.zeros(1, device=device)

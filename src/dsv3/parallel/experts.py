@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from dsv3.model.moe import MoE, Routing
+from dsv3.model.moe import Experts, MoE, Routing
 from dsv3.parallel.exchange import Route, Wire, add_rows, gather, scatter
 from dsv3.parallel.mesh import Mesh
 
@@ -39,6 +39,13 @@ def own_experts(mesh: Mesh, experts: int) -> slice:
     each, rest = divmod(experts, mesh.layout.expert)
     assert not rest, f"{experts} experts cannot be divided over {mesh.layout.expert} processes"
     return slice(mesh.expert * each, (mesh.expert + 1) * each)
+
+
+def keep_experts(experts: Experts, mine: slice) -> None:
+    """Cut a layer's stacks to some of its experts, into parameters of their own, in place."""
+    for name in ("gate_up_proj", "down_proj"):
+        stack: nn.Parameter = getattr(experts, name)
+        setattr(experts, name, nn.Parameter(stack.detach()[mine].clone(), stack.requires_grad))
 
 
 def apply_expert_parallel(model: nn.Module, mesh: Mesh, dispatch: Literal["fp8", "bf16"] = "bf16") -> None:
@@ -88,12 +95,8 @@ class ParallelMoE(MoE):
     def spread(self, mesh: Mesh, dispatch: Literal["fp8", "bf16"]) -> None:
         """Hold this process's experts only."""
         layout, total = mesh.layout, len(self.gate.weight)
-        mine = own_experts(mesh, total)
-        for name in ("gate_up_proj", "down_proj"):
-            stack: nn.Parameter = getattr(self.experts, name)
-            if len(stack) == total:
-                own = nn.Parameter(stack.detach()[mine].clone(), stack.requires_grad)
-                setattr(self.experts, name, own)
+        if len(self.experts.down_proj) == total:
+            keep_experts(self.experts, own_experts(mesh, total))
         self.dispatch = "fp8" if dispatch == "fp8" else "plain"
         hops = Hop(mesh.node_group, total // layout.nodes), Hop(mesh.local_group, total // layout.expert)
         self.hops = tuple(hop for hop in hops if dist.get_world_size(hop.group) > 1)

@@ -58,8 +58,6 @@ class Mesh:
             (layout.pipeline, layout.replicas, layout.nodes, layout.expert // layout.nodes),
             mesh_dim_names=("pipeline", "replica", "node", "local"),
         )
-        groups["node", "local"]._flatten("expert")
-        groups["replica", "node", "local"]._flatten("flat")
         return cls(layout, dist.get_rank(), places, groups)
 
     # Places ------------------------------------------------------------------------------------------------
@@ -84,11 +82,6 @@ class Mesh:
     # Groups ------------------------------------------------------------------------------------------------
 
     @property
-    def expert_group(self) -> ProcessGroup:
-        """Those that hold a layer's experts together, by `expert`."""
-        return self.groups.get_group("expert")
-
-    @property
     def local_group(self) -> ProcessGroup:
         """Those of the expert group on the same node."""
         return self.groups.get_group("local")
@@ -103,19 +96,12 @@ class Mesh:
         """Those that share this process's sequences."""
         return self.places.get_group("context")
 
-    @property
-    def flat_group(self) -> ProcessGroup:
-        """All at this place of the pipeline: data x context."""
-        return self.groups.get_group("flat")
-
     # Who holds what ----------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> tuple[int, ...]:
         """The stages of the model that this process holds."""
         layout = self.layout
-        if layout.pipeline == 1:
-            return (0,)
         return held(layout.schedule, self.pipeline, layout.pipeline, layout.stages)
 
     def holders(self, stages: Iterable[int], experts: bool = False) -> tuple[int, ...]:
@@ -128,10 +114,23 @@ class Mesh:
         devices = (
             p
             for p in range(layout.pipeline)
-            if layout.pipeline == 1 or wanted & set(held(layout.schedule, p, layout.pipeline, layout.stages))
+            if wanted & set(held(layout.schedule, p, layout.pipeline, layout.stages))
         )
         flat = [f for f in range(width) if not experts or f % layout.expert == self.expert]
         return tuple(p * width + f for p in devices for f in flat)
+
+
+def make_groups(
+    wanted: Iterable[tuple[int, ...]], backend: str | None = None
+) -> dict[tuple[int, ...], ProcessGroup]:
+    """A group for each of these tuples of ranks, in which this process is. All processes call this."""
+    mine = set(wanted)
+    everyones: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    # In one order, for those in a group wait for each other; and everyone takes part in making all, without waiting,
+    # since torch names groups by counting.
+    groups = {ranks: dist.new_group(ranks, backend=backend) for ranks in sorted(set().union(*everyones))}
+    return {ranks: groups[ranks] for ranks in mine}
 
 
 # What one does for all ----------------------------------------------------------------------------------
@@ -145,23 +144,27 @@ def leads() -> bool:
 
 
 def on_lead(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, in all of them; a UserError there is one everywhere.
+    """What `work` gives in the first process, in all of them; a UserError or OSError there is one everywhere.
 
     All processes call this, and wait as long as it takes.
     """
     global _patient
-    if not dist.is_initialized():
-        return work()
-    if _patient is None:
+    if _patient is None and dist.is_initialized():
         _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    said: list[T | UserError | None] = [None]
+    return on_first(work, _patient)
+
+
+def on_first(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """The same over a group that has all processes; None where this one is alone."""
+    said: list[T | Exception | None] = [None]
     if leads():
         try:
             said = [work()]
-        except UserError as problem:
+        except (UserError, OSError) as problem:
             said = [problem]
-    dist.broadcast_object_list(said, src=0, group=_patient)
+    if group is not None:
+        dist.broadcast_object_list(said, src=0, group=group)
     (result,) = said
-    if isinstance(result, UserError):
+    if isinstance(result, Exception):
         raise result
     return result  # type: ignore[return-value]

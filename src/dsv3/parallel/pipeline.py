@@ -31,7 +31,6 @@ from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.overlap import together
 from dsv3.planner.pipeline import Op, schedule_of
 from dsv3.planner.simulate import Event
-from dsv3.recipe.layout import ScheduleName
 
 Forward = Callable[[int, int, Tensor | None], tuple[Tensor | None, Tensor]]
 """One stage on one microbatch: from its number, the microbatch's and what the stage before gave (None for stage 0), to
@@ -43,7 +42,6 @@ class Pipeline:
 
     def __init__(
         self,
-        schedule: ScheduleName,
         mesh: Mesh,
         shape: tuple[int, ...],
         dtype: torch.dtype,
@@ -54,9 +52,7 @@ class Pipeline:
         shape, dtype: of the hidden states of one microbatch, [rows, seq, hidden].
         """
         self.mesh, self.shape, self.dtype, self.device = mesh, shape, dtype, torch.device(device)
-        # A single stage has one order, and schedules with several stages per device are not cut for it.
-        self.name: ScheduleName = schedule if mesh.layout.pipeline > 1 else "1f1b"
-        self._channels = connect(mesh, self.name, self.device)
+        self._channels = connect(mesh, self.device)
 
     def run(
         self, microbatches: int, forward: Forward, accumulate: Callable[[], None] = lambda: None

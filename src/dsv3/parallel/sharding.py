@@ -9,18 +9,17 @@ that follows who must add up whose gradients (the optimiser), and how a saved st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from dsv3.config import ModelConfig
 from dsv3.model import Transformer
+from dsv3.model.moe import Experts
 from dsv3.model.transformer import MTPModule
-from dsv3.parallel.experts import own_experts
+from dsv3.parallel.experts import keep_experts, own_experts
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.part import Part, spans, stages_with
 
@@ -55,16 +54,6 @@ def holdings(model: Transformer, mesh: Mesh | None) -> dict[str, Held]:
     return held
 
 
-def make_groups(wanted: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], ProcessGroup]:
-    """A group for each of these sets of ranks, in which this process is. All processes call this."""
-    mine = set(wanted)
-    everyones: list[set[tuple[int, ...]]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    # In one order, and everyone takes part in making all: torch names groups by counting.
-    groups = {ranks: dist.new_group(ranks) for ranks in sorted(set().union(*everyones))}
-    return {ranks: groups[ranks] for ranks in mine}
-
-
 def build(
     config: ModelConfig, mesh: Mesh | None, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
@@ -83,7 +72,9 @@ def build(
             if mesh.layout.expert > 1 and config.n_routed_experts is not None:
                 mine = own_experts(mesh, config.n_routed_experts)
                 first = mine.start
-                _cut(model, mine)
+                for module in model.modules():
+                    if isinstance(module, Experts):
+                        keep_experts(module, mine)
     for name, module in _pieces(model):
         if name == "lm_head" and config.tie_word_embeddings:  # which `to_empty` would part
             module.weight = model.embed_tokens.weight
@@ -92,13 +83,6 @@ def build(
         model.init_weights(seed, first, name)
         module.to(device=device, dtype=dtype)
     return model
-
-
-def _cut(model: nn.Module, mine: slice) -> None:
-    for name, parameter in list(model.named_parameters()):
-        if name.endswith(STACKS):
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(parameter.detach()[mine].clone()))
 
 
 def _pieces(module: nn.Module, within: str = "") -> Iterator[tuple[str, nn.Module]]:

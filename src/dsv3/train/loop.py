@@ -178,7 +178,6 @@ def take_step(loop: Loop, spikes: SpikeGuard | None = None) -> StepMetrics:
     batch = loop.stream.next(rows, slice(None) if run.team is None else run.team.rows(rows))
     doing("training")
     losses = backward(run, batch, loop.microbatch, mtp_weight)
-    run.optimizer.reduce()
     norm = run.optimizer.norm()
     why = None
     if not (math.isfinite(losses.main) and math.isfinite(norm)):

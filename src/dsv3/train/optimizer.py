@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dsv3.kernels.native import call, usable
-from dsv3.parallel.mesh import all_gather, reduce_scatter
-from dsv3.parallel.sharding import Held, make_groups
+from dsv3.parallel.mesh import all_gather, make_groups, reduce_scatter
+from dsv3.parallel.sharding import Held
 
 _PIECE = 1 << 17  # numbers updated at once: five float32 arrays of them are 2.5 MB
 _KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -69,7 +69,8 @@ class MasterAdamW:
             )
             for ranks in sorted(set(owners.values()))
         ]
-        self._alone, self._reduced = held is None, False
+        self._alone = held is None
+        self._norm: float | None = None  # of the gradients, once they are added up
         self.masters: dict[str, Tensor] = {}
         """Float32 weights by name; of those that are shared the part that is here, flat."""
         self.starts: dict[str, int] = {}
@@ -77,11 +78,12 @@ class MasterAdamW:
         for bucket in self._buckets:
             self.masters |= bucket.views["master"]
             self.starts |= bucket.starts
-            bucket.take_weights()
+        self._set_masters({name: p.detach() for name, p in named.items()})
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the model's gradients to the float32 ones and drop them from the model."""
+        self._norm = None
         for bucket in self._buckets:
             for total, weight in zip(bucket.grads, bucket.weights, strict=True):
                 if weight.grad is not None:
@@ -89,19 +91,17 @@ class MasterAdamW:
                     weight.grad = None
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """Add up the gradients of all processes, once before each step; `step` does so if nobody else has."""
-        if self._reduced:
-            return
-        self._reduced = True
-        for bucket in self._buckets:
-            bucket.reduce()
-        for bucket in self._buckets:
-            bucket.wait()
-
-    @torch.no_grad()
     def norm(self) -> float:
-        """The norm of all gradients, of all processes when they are added up."""
+        """Add up the gradients of all processes, once before each step, and give their norm."""
+        if self._norm is None:
+            for bucket in self._buckets:
+                bucket.reduce()
+            for bucket in self._buckets:
+                bucket.wait()
+            self._norm = self._measure()
+        return self._norm
+
+    def _measure(self) -> float:
         if self._alone:
             (bucket,) = self._buckets
             return float(torch.linalg.vector_norm(bucket.grad))
@@ -116,11 +116,10 @@ class MasterAdamW:
 
         Where the norm is not finite nothing is updated, and the gradients stay for whoever looks into it.
         """
-        self.reduce()
         norm = self.norm()
         if not math.isfinite(norm):
             return norm
-        self.steps, self._reduced = self.steps + 1, False
+        self.steps, self._norm = self.steps + 1, None
         shrink = min(1.0, clip / (norm + 1e-6))
         for bucket in self._buckets:
             piece = _PIECE if bucket.grad.is_cpu else max(1, bucket.grad.numel())
@@ -179,10 +178,14 @@ class MasterAdamW:
         for bucket in self._buckets:
             for kind in _KINDS[1:]:
                 bucket.state[kind].zero_()
+        self._set_masters(weights)
+        self.write_weights()
+
+    @torch.no_grad()
+    def _set_masters(self, weights: Mapping[str, Tensor]) -> None:
         for name, master in self.masters.items():
             start = self.starts[name]
             master.copy_(weights[name].flatten()[start : start + master.numel()].view_as(master))
-        self.write_weights()
 
     @torch.no_grad()
     def write_weights(self) -> None:
@@ -216,10 +219,7 @@ class _Bucket:
         self.begin, self.end = place * each, (place + 1) * each
         device = self.weights[0].device
         self._all = torch.zeros(each * members, device=device)  # this process's gradients
-        self.grads = [
-            t.view(p.shape)
-            for t, p in zip(self._all[:size].split(_sizes(self.weights)), self.weights, strict=True)
-        ]
+        self.grads = self._like_weights(self._all)
         self.grad = self._all if members == 1 else torch.zeros(each, device=device)
         """Gradients of the share, added up after `reduce`."""
         dtypes = {"master": torch.float32, "exp_avg": moments, "exp_avg_sq": moments}
@@ -240,17 +240,6 @@ class _Bucket:
         self._work: list[Any] = []
         self._gathered: Tensor | None = None
 
-    @torch.no_grad()
-    def take_weights(self) -> None:
-        """Set the masters from the model's weights."""
-        at = 0
-        for weight in self.weights:
-            first, last = max(at, self.begin), min(at + weight.numel(), self.end)
-            if first < last:
-                part = weight.detach().flatten()[first - at : last - at]
-                self.state["master"][first - self.begin : last - self.begin] = part
-            at += weight.numel()
-
     def reduce(self) -> None:
         """Begin to add up the gradients."""
         if self.group is None:
@@ -265,11 +254,7 @@ class _Bucket:
         """Begin to set the model's weights from the masters, everyone's shares; gradients are zero again."""
         self._all.zero_()
         if self.group is None or self.grad is self._all:
-            sizes = _sizes(self.weights)
-            parts = self.state["master"][: sum(sizes)].split(sizes)
-            torch._foreach_copy_(
-                self.weights, [t.view(w.shape) for t, w in zip(parts, self.weights, strict=True)]
-            )
+            self._set_weights(self.state["master"])
             return
         mine = self.state["master"].to(self.weights[0].dtype)
         self._gathered = mine.new_empty(self._all.numel())
@@ -281,13 +266,14 @@ class _Bucket:
         while self._work:
             self._work.pop().wait()
         if self._gathered is not None:
-            sizes = _sizes(self.weights)
-            parts = self._gathered[: sum(sizes)].split(sizes)
-            torch._foreach_copy_(
-                self.weights, [t.view(w.shape) for t, w in zip(parts, self.weights, strict=True)]
-            )
+            self._set_weights(self._gathered)
             self._gathered = None
 
+    def _set_weights(self, flat: Tensor) -> None:
+        torch._foreach_copy_(self.weights, self._like_weights(flat))
 
-def _sizes(tensors: list[Tensor]) -> list[int]:
-    return [t.numel() for t in tensors]
+    def _like_weights(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor in the order and shapes of the weights."""
+        sizes = [w.numel() for w in self.weights]
+        parts = flat[: sum(sizes)].split(sizes)
+        return [part.view(w.shape) for part, w in zip(parts, self.weights, strict=True)]

@@ -25,11 +25,11 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from dsv3.config import read_json
 from dsv3.errors import UserError
 from dsv3.files import write_whole
-from dsv3.parallel.mesh import leads
-
-T = TypeVar("T")
+from dsv3.parallel.mesh import on_first
 
 KEPT = 2
 """States of a phase that are kept."""
@@ -142,35 +140,21 @@ class Saver:
         target = self.folder / f"state-{step:08d}"
         partial = self.folder / f".{target.name}.partial"
         try:
-            if self._on_lead(lambda: _begin(target, partial)):
+            if on_first(lambda: _begin(target, partial), self._group):
                 return
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is one process
                 save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             files = self._files(partial)
-            self._on_lead(lambda: _finish(target, partial, json.loads(position) | {_FILES: files}))
+            said = json.loads(position) | {_FILES: files}
+            on_first(lambda: _finish(target, partial, said), self._group)
         except (OSError, CheckpointException) as problem:
             failures = problem.failures if isinstance(problem, CheckpointException) else {}
             why = next((error for error, _ in failures.values()), problem)
             raise UserError(
                 f"{target} cannot be written ({_line(why)}): mend that and start again, from the save before"
             ) from None
-
-    def _on_lead(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process, in all of them; an OSError there is one everywhere."""
-        said: list[T | OSError | None] = [None]
-        if leads():
-            try:
-                said = [work()]
-            except OSError as problem:
-                said = [problem]
-        if self._group is not None:
-            dist.broadcast_object_list(said, src=0, group=self._group)
-        (result,) = said
-        if isinstance(result, OSError):
-            raise result
-        return result  # type: ignore[return-value]
 
     def _files(self, partial: Path) -> dict[str, int]:
         """The size of every file that was written, by name. Each process looks at its own."""

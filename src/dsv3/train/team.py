@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv3.model import Transformer
 from dsv3.parallel.context import Context, apply_context_parallel
 from dsv3.parallel.deferred import apply_deferral
-from dsv3.parallel.experts import apply_expert_parallel
+from dsv3.parallel.experts import apply_expert_parallel, own_experts
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.part import spans
 from dsv3.parallel.pipeline import Pipeline
@@ -52,7 +52,8 @@ class Team:
     @property
     def first_expert(self) -> int:
         """Of those of each layer that this process holds."""
-        return self.mesh.expert * (self.config.n_routed_experts or 0) // self.layout.expert
+        first: int = own_experts(self.mesh, self.config.n_routed_experts or 0).start
+        return first
 
     def rows(self, rows: int) -> slice:
         """This process's rows of a batch of so many."""
@@ -82,6 +83,6 @@ class Team:
         tokens = seq if self.places is None else len(self.places.of(seq))
         shape = rows, tokens, self.config.hidden_size
         if self._pipeline is None:
-            self._pipeline = Pipeline(self.layout.schedule, self.mesh, shape, dtype, self.device)
+            self._pipeline = Pipeline(self.mesh, shape, dtype, self.device)
         self._pipeline.shape = shape
         return self._pipeline
