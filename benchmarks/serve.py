@@ -117,7 +117,7 @@ def llama(args: argparse.Namespace, clients: int) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(args.gguf) if args.gguf else Path(folder, "model.gguf")
         if not args.gguf:
-            convert = [sys.executable, "-m", "dsv3", "convert", args.model, str(weights), "--to", "gguf-bf16"]
+            convert = [sys.executable, "-m", "dsv3", "convert", args.model, str(weights), "--to", "gguf"]
             subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
         command = [args.llama_server, "-m", str(weights), "--port", str(port), "-np", str(clients)]
         command += [

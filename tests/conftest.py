@@ -18,6 +18,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # for tests/kernels/test_triton.py, before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # derandomize: examples depend on the test alone, so a red run is red again when repeated.
 # deadline: off, since the first call of an operator is slow and a shared machine is slow at times.

@@ -6,14 +6,18 @@ beyond YaRN's original length. llama.cpp adds in another order than torch, so nu
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from dsv3.checkpoint import DeepseekV3, export_gguf, resolve
+from dsv3.checkpoint.gguf import FILE_TYPES, Quant
+from dsv3.config import PRESETS
+from dsv3.gguf import read_header
 from dsv3.text import Tokenizer
 from tests.checkpoint import llama, released
 
@@ -43,7 +47,7 @@ FLAGS = {"YaRN with betas": ["--yarn-beta-fast", "8", "--yarn-beta-slow", "2"]}
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama.Server]:
     llama.binary()
     path = tmp_path_factory.mktemp("llama") / "nano.gguf"
-    export_gguf(resolve("nano"), path, "gguf-f32")
+    export_gguf(resolve("nano"), path, "f32")
     with llama.serve(path) as server:
         yield server
 
@@ -69,7 +73,7 @@ def exported(shape: str, folder: Path) -> tuple[Path, DeepseekV3]:
     config = SHAPES[shape]
     weights = llama.spread(released.tensors(config, dtype=torch.float32))
     source = llama.write(folder / "model", config | {"torch_dtype": "float32"}, weights)
-    export_gguf(source, folder / "model.gguf", "gguf-f32")
+    export_gguf(source, folder / "model.gguf", "f32")
     return folder / "model.gguf", DeepseekV3.from_pretrained(source, dtype=torch.float32)
 
 
@@ -124,7 +128,7 @@ def test_nano_has_the_chat_format(nano: llama.Server) -> None:
 def test_the_module_drafts(tmp_path: Path) -> None:
     """Multi-token prediction in llama.cpp: the same tokens, of which the module guessed a good part."""
     path = tmp_path / "nano.gguf"
-    export_gguf(resolve("nano"), path, "gguf-f32")
+    export_gguf(resolve("nano"), path, "f32")
     prompt = Tokenizer.from_pretrained(resolve("nano")).encode("Once upon a time", add_bos=True)
     with llama.serve(path) as server:
         plain = server.post("/completion", prompt=prompt, n_predict=64, temperature=0.0, return_tokens=True)
@@ -133,3 +137,99 @@ def test_the_module_drafts(tmp_path: Path) -> None:
     assert drafted["tokens"] == plain["tokens"]
     timings = drafted["timings"]
     assert timings["draft_n_accepted"] > 0.4 * timings["draft_n"] > 0
+
+
+# Smaller formats ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quant", "mean"),
+    [("f16", 0.005), ("bf16", 0.03), ("q8_0", 0.2), ("q4_0", 0.25), ("q5_1", 0.25), ("q4_k_m", 0.35)],
+)
+def test_nano_in_smaller_formats(quant: Quant, mean: float, tmp_path: Path) -> None:
+    """llama.cpp against us, both with the same file: what differs is that it rounds what is multiplied by a matrix to
+    the matrix's own format, or to eight bits. mean: of the worst log-probability in each place."""
+    path = tmp_path / "nano.gguf"
+    export_gguf(resolve("nano"), path, quant)
+    model = DeepseekV3.from_pretrained(path, dtype=torch.float32)
+    prompt = Tokenizer.from_pretrained(path).encode("Once upon a time", add_bos=True)
+    with llama.serve(path) as server:
+        ids, places = server.next_tokens(prompt, 48)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    found = [llama.worst(ours, theirs) for ours, theirs in zip(logits, places, strict=True)]
+    assert sum(found) / len(found) < mean
+    same = [int(ours.argmax()) == max(p, key=p.__getitem__) for ours, p in zip(logits, places, strict=True)]
+    assert sum(same) >= 44
+
+
+class _Params(ctypes.Structure):
+    """`llama_model_quantize_params`, from llama.h."""
+
+    _fields_ = (
+        ("nthread", ctypes.c_int32),
+        ("ftype", ctypes.c_int),
+        ("output_tensor_type", ctypes.c_int),
+        ("token_embedding_type", ctypes.c_int),
+        *(
+            (name, ctypes.c_bool)
+            for name in ("requantize", "output", "only_copy", "pure", "keep_split", "dry_run")
+        ),
+        *((name, ctypes.c_void_p) for name in ("imatrix", "kv_overrides", "tt_overrides", "prune_layers")),
+        ("max_buf_size", ctypes.c_size_t),
+    )
+
+
+def quantised_by_llama(source: Path, out: Path, quant: Quant) -> None:
+    library = ctypes.CDLL(str(Path(llama.binary()).with_name("libllama.so")))
+    library.llama_model_quantize_default_params.restype = _Params
+    params = library.llama_model_quantize_default_params()
+    params.ftype, params.nthread = FILE_TYPES[quant], 1
+    assert library.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
+
+
+@pytest.mark.parametrize("shape", ["wide", "tied", "narrow"])
+def test_every_tensor_has_the_format_that_llama_cpp_gives_it(shape: str, tmp_path: Path) -> None:
+    llama.binary()
+    sizes = {"narrow": (160, 136, 32)}.get(shape, (256, 256, 256))
+    hidden, moe, rank = sizes
+    config = PRESETS["tiny"].replace(
+        vocab_size=llama.VOCAB,
+        num_hidden_layers=17,
+        hidden_size=hidden,
+        intermediate_size=2 * moe,
+        moe_intermediate_size=moe,
+        kv_lora_rank=rank,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        tie_word_embeddings=shape == "tied",
+    )
+    model = DeepseekV3(config)
+    model.init_weights()
+    model.save_pretrained(tmp_path / "model")
+    llama.save_tokenizer(tmp_path / "model", llama.tokenizer())
+    export_gguf(tmp_path / "model", tmp_path / "f32.gguf", "f32")
+    for quant in get_args(Quant):
+        export_gguf(tmp_path / "model", tmp_path / "ours.gguf", quant)
+        quantised_by_llama(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", quant)
+        ours, theirs = read_header(tmp_path / "ours.gguf"), read_header(tmp_path / "theirs.gguf")
+        for name, entry in ours.tensors.items():
+            assert entry.type == theirs.tensors[name].type, (quant, name)
+        for key in ("general.file_type", "general.quantization_version"):
+            assert ours.keys[key] == theirs.keys.get(key, 2), (quant, key)
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m", "q2_k"])
+def test_we_are_no_further_from_nano_than_llama_cpp(quant: Quant, tmp_path: Path) -> None:
+    """Of the weights, all together."""
+    export_gguf(resolve("nano"), tmp_path / "f32.gguf", "f32")
+    export_gguf(resolve("nano"), tmp_path / "ours.gguf", quant)
+    quantised_by_llama(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", quant)
+    exact, ours, theirs = (
+        DeepseekV3.from_pretrained(tmp_path / f"{name}.gguf", dtype=torch.float32).state_dict()
+        for name in ("f32", "ours", "theirs")
+    )
+    errors = [sum(float((made[n] - exact[n]).square().sum()) for n in exact) for made in (ours, theirs)]
+    assert errors[0] < 1.01 * errors[1]

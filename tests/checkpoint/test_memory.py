@@ -41,7 +41,8 @@ torch.set_num_threads(1)
 big, small, out = map(Path, sys.argv[2:])
 work = {
     "load": DeepseekV3.from_pretrained,
-    "convert": lambda folder: convert(folder, out / folder.name, "hf-bf16"),
+    "bf16": lambda folder: convert(folder, out / folder.name, "bf16"),
+    "int4": lambda folder: convert(folder, out / folder.name, "int4", zero_points=True),
 }
 kept = work[sys.argv[1]](small)  # everything is imported and warm
 Path("/proc/self/clear_refs").write_text("5")
@@ -88,8 +89,9 @@ def test_loading_takes_the_model_and_two_shards_at_most(big: Path, fp8: Path, tm
     assert model * 0.9 < used < allowed, f"{used / MB:.0f} MB, allowed {allowed / MB:.0f}"
 
 
-def test_converting_takes_two_shards_at_most(big: Path, fp8: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["bf16", "int4"])
+def test_converting_takes_two_shards_at_most(to: str, big: Path, fp8: Path, tmp_path: Path) -> None:
     stored = sum(file.stat().st_size for file in big.glob("*.safetensors"))
-    used, allowed = peak("convert", big, fp8, tmp_path), two_shards(big) + SLACK
+    used, allowed = peak(to, big, fp8, tmp_path), two_shards(big) + SLACK
     assert allowed < stored / 2, "too loose to tell streaming from reading everything"
     assert used < allowed, f"{used / MB:.0f} MB, allowed {allowed / MB:.0f}"

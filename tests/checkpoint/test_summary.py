@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dsv3 import LLM
+from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.memory import CACHE_SHARE, weight_bytes
 from dsv3.checkpoint.pretrained import DeepseekV3
 from dsv3.checkpoint.summary import Pool, Summary, Weights, memory_pools, summarize
@@ -82,9 +83,33 @@ def test_disk_is_what_saving_takes(format, config, tmp_path: Path) -> None:  # t
     )
 
 
-def test_estimates_are_between_their_bits_and_bf16() -> None:
-    sizes = {weights.format: weights.memory for weights in summarize("v3-671b").weights}
-    assert sizes["fp32"] > sizes["bf16"] > sizes["int8"] > sizes["fp8"] > sizes["int4"] > 671e9 / 2
+@pytest.mark.parametrize("to", ["int8", "int4", "mixed"])
+@pytest.mark.parametrize("config", [TINY, V2_LIKE, DENSE])
+def test_disk_is_what_converting_takes(to, config, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = DeepseekV3(config)
+    model.init_weights()
+    model.save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "packed", to)
+    summary = summarize(str(tmp_path / "packed"))
+    weights = next(weights for weights in summary.weights if weights.format == to)
+    assert summary.files is not None and summary.files.nbytes == weights.disk
+    assert "uint8" in summary.files.format
+
+
+def test_v3_in_integers() -> None:
+    """Counted by hand: bits of codes and half a bit of scale for each weight that is packed."""
+    v3 = summarize("v3-671b")
+    parts = {part.name: part.total for part in v3.parts}
+    kv_b = 61 * 128 * (128 + 128) * 512  # layers, heads, what keys and values add per head, latent
+    rest = parts["attention"] - kv_b + parts["dense feed-forward"] + parts["shared experts"]
+    biases = 58 * 256
+    stays = kv_b + parts["embedding"] + parts["norms"] + parts["router"] - biases
+    for weights in v3.weights[3:]:
+        routed, other = {"int8": (8.5, 8.5), "mixed": (4.5, 8.5), "int4": (4.5, 4.5)}[weights.format]
+        bits = parts["routed experts"] * routed + rest * other + parts["head"] * 8.5
+        assert weights.memory == bits / 8 + 2 * stays + 4 * biases, weights.format
+    sizes = [weights.memory for weights in v3.weights]
+    assert sizes[0] > sizes[1] > sizes[3] > sizes[2] > sizes[4] > sizes[5] > 671e9 / 2
 
 
 def test_what_fits_is_the_context_beside_the_weights() -> None:
@@ -105,7 +130,7 @@ def test_memory_is_what_generating_loads(config) -> None:  # type: ignore[no-unt
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     for weights, alone in zip(Summary(config).weights, main.weights, strict=True):
         assert weights.memory == alone.memory, "MTP modules are not loaded"
-        assert alone.disk in (None, alone.memory), "without them there are no copies"
+        assert alone.disk == alone.memory, "without them there are no copies"
         if weights.runs:
             assert weights.memory == weight_bytes(main.config, dtypes[weights.format])
 

@@ -31,8 +31,9 @@ def test_v3_in_a_terminal(
         r"Weights: in memory without MTP, on disk with it",
         r"bf16 +1,342\.1 GB +1,369\.\d GB +(fits|does not fit)",
         r"fp8 +673\.2 GB +688\.6 GB +stored only",
-        r"int8 \(estimate\) +[\d.]+ GB +not in dsv3",
-        r"int4 \(estimate\) +348\.9 GB",
+        r"int8 +714\.9 GB +727\.3 GB",
+        r"mixed +387\.9 GB +394\.8 GB",
+        r"int4 +380\.9 GB +387\.6 GB",
         r"one token +70,272 bytes",
         r"128K tokens +9\.2 GB",
     ):
@@ -46,7 +47,7 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["parameters"]["main"] == {"total": 671_026_419_200, "active": 37_552_297_472}
     assert sum(part["total"] for part in facts["parameters"]["parts"]) == facts["parameters"]["with_mtp"]
     assert facts["cache"] == {"dtype": "bf16", "per_token": 70_272, "at_128k": 70_272 * 131_072}
-    assert [w["format"] for w in facts["weights"] if w["estimate"]] == ["int8", "int4"]
+    assert [w["format"] for w in facts["weights"]] == ["fp32", "bf16", "fp8", "int8", "mixed", "int4"]
     bf16 = next(w for w in facts["weights"] if w["format"] == "bf16")
     assert bf16["memory"] // 2 == pytest.approx(671_026_419_200, rel=1e-6), "without MTP"
     assert bf16["disk"] // 2 == pytest.approx(facts["parameters"]["in_files"], rel=1e-6), "with it"

@@ -24,6 +24,7 @@ class OnlyAnEngine:
 
     def __init__(self, **kwargs: Any) -> None:
         self.engine = engine(**kwargs)
+        self.experts = None
 
 
 @asynccontextmanager

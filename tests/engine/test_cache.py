@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dsv3.checkpoint.memory import CACHE_SHARE, token_bytes
 from dsv3.config import PRESETS
 from dsv3.engine.cache import BlockManager, allocate, chained_hash
-from dsv3.engine.machine import choose_device, choose_dtype, cpu_has_bf16, fitting_tokens
+from dsv3.engine.machine import choose_device, choose_dtype, computes_packed, cpu_has_bf16, fitting_tokens
 from dsv3.errors import UserError
 from dsv3.kernels.inference import BLOCK
 
@@ -168,8 +168,13 @@ def test_auto_dtype_is_what_the_cpu_multiplies(
     flag: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {flag: True}, raising=False)
+    monkeypatch.setattr("dsv3.engine.machine.library", lambda: None)
     assert cpu_has_bf16() is expected
     assert choose_dtype("auto", CPU) is (torch.bfloat16 if expected else torch.float32)
+    assert not computes_packed(torch.bfloat16, CPU)
+    monkeypatch.setattr("dsv3.engine.machine.library", lambda: object())  # on AVX2 our kernels do
+    assert choose_dtype("auto", CPU) is torch.bfloat16
+    assert computes_packed(torch.bfloat16, CPU) and not computes_packed(torch.float32, CPU)
 
 
 def test_auto_dtype_on_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dsv3.kernels import inference, native
 from dsv3.kernels.attention import latent_attention, paged_latent_attention
+from dsv3.kernels.packed import Packed, dequantize, pack, panel
+from dsv3.quant.fp8 import quantize_blocks
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels on this machine")
 
@@ -107,6 +109,93 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     x[7] = 0
     others = [i for i in range(20) if i != 7]
     assert torch.equal(out[others], clean[others])
+
+
+# Packed weights ------------------------------------------------------------------------------------------
+
+
+def packed(kind: str, out: int, width: int, group: int = 32, zeros: bool = False) -> Packed:
+    """A random matrix that uses every code there is."""
+    g = torch.Generator().manual_seed(out * width + group)
+    if kind == "fp8":
+        weight, scale = quantize_blocks(torch.randn(out, width, generator=g))
+        codes = torch.randint(0, 256, (out, width), generator=g, dtype=torch.uint8)
+        codes[codes & 0x7F == 0x7F] = 0  # these two are no numbers
+        return Packed("fp8", codes.view(weight.dtype), scale)
+    bits = int(kind[3:])
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(0, 2**bits, shape, generator=g, dtype=torch.uint8)
+
+    scale = panel((torch.rand(out, width // group, generator=g) * 0.02 + 0.001).half())
+    zero = panel(integers(out, width // group)) if zeros else None
+    return Packed(f"int{bits}", pack(integers(out, width), bits), scale, zero)  # type: ignore[arg-type]
+
+
+def rounded(x: Tensor, group: int) -> Tensor:
+    """What the kernels for integers make of x: each group in whole steps of its largest / 127."""
+    groups = x.double().unflatten(-1, (-1, group))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / step).round() * step).nan_to_num().flatten(-2)
+
+
+FORMATS = [
+    ("fp8", 128, False),
+    *((f"int{b}", g, z) for b in (8, 4) for g in (32, 128) for z in (False, True)),
+]
+
+
+@pytest.mark.parametrize("kind, group, zeros", FORMATS)
+@pytest.mark.parametrize("out, panels", [(16, 1), (48, 3), (272, 5)])
+def test_linear_by_packed_weights(kind: str, group: int, zeros: bool, out: int, panels: int) -> None:
+    weight = packed(kind, out, panels * max(group, 32) if kind != "fp8" else 112 * panels, group, zeros)
+    x, bias = random(40, weight.width), random(out, seed=2)
+    x[3, : weight.width // 2] = 0
+    exact = (x.double() if kind == "fp8" else rounded(x, group)) @ dequantize(weight, torch.float64).T
+    assert inference.is_native(weight)
+    every = inference.linear(x, weight, bias)
+    assert (
+        error(every, exact + bias.double()) < 3e-3
+    )  # half a unit of bf16 in the last place, and near-ties of x
+    for rows in (1, 2, 5, 8, 9, 13, 33):  # one panel at a time or two, unpacked before or not
+        assert torch.equal(inference.linear(x[:rows], weight, bias), every[:rows])
+        assert torch.equal(inference.linear(x[-rows:], weight, bias), every[-rows:])
+
+
+@pytest.mark.parametrize("kind, group, zeros", FORMATS)
+def test_packed_weights_without_the_kernels(
+    kind: str, group: int, zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = packed(kind, 48, 256, group, zeros)
+    x = random(7, 256)
+    theirs = by_torch(lambda: inference.linear(x, weight), monkeypatch)
+    assert error(theirs, x.double() @ dequantize(weight, torch.float64).T) < 5e-3
+    exact = x.double() @ dequantize(weight, torch.float64).T
+    assert error(inference.linear(x.float(), weight), exact) < 1e-5  # not bf16: not for the kernels
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+def test_what_is_not_finite_stays_in_its_row_of_packed_products(kind: str) -> None:
+    x, weight = random(20, 256), packed(kind, 32, 256)
+    clean = inference.linear(x, weight)
+    for bad in (math.nan, math.inf):
+        wrong = x.clone()
+        wrong[7, 13] = bad
+        out = inference.linear(wrong, weight)
+        assert not out[7].isfinite().any()
+        assert torch.equal(out[torch.arange(20) != 7], clean[torch.arange(20) != 7])
+
+
+def test_every_number_of_fp8() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight = Packed("fp8", codes.repeat(16, 1), torch.ones(1, 2))
+    for i in range(256):
+        x = torch.zeros(1, 256).bfloat16()
+        x[0, i] = 1.0
+        one = Packed("fp8", codes[i].repeat(16, 16), torch.ones(1, 1))
+        out = inference.linear(x[:, :16] * 0 + torch.eye(16)[:1].bfloat16(), one)[0, 0]
+        assert torch.equal(out.float(), codes[i].float()) or (out.isnan() and codes[i].float().isnan())
+    assert inference.linear(torch.ones(1, 256).bfloat16(), weight).isnan().all()
 
 
 # Attention over blocks -----------------------------------------------------------------------------------
@@ -221,13 +310,20 @@ def test_attention_shows_what_is_not_a_number() -> None:
 def test_layers_refuse_what_they_would_misread() -> None:
     good = {"o": random(64, 32)}
     sizes = {"hidden": 64, "rank": 32, "rotary": 32}
-    layer = inference.Layer.of(good, sizes, {})
+    layer = inference.Layer.of(good, [], {}, sizes, {})
     for bad in (random(64, 32).float(), random(64, 32).T):
-        with pytest.raises(ValueError, match="o is"):
-            inference.Layer.of({"o": bad}, sizes, {})
+        with pytest.raises(ValueError, match=r"not a run of torch\.bfloat16"):
+            inference.Layer.of({"o": bad}, [], {}, sizes, {})
+        with pytest.raises(ValueError, match="gate is"):
+            inference.Layer.of(good, [], {"gate": bad}, sizes, {})
+    two = Packed("int8", pack(torch.zeros(16, 64, dtype=torch.uint8), 8), torch.ones(1, 2, 16).half())
+    one = Packed("int8", two.codes, torch.ones(1, 1, 16).half())
+    inference.Layer.of({"o": two, "q_b": two}, [(two, two)], {}, sizes, {})
+    with pytest.raises(ValueError, match=r"different forms, \[32, 64\]"):
+        inference.Layer.of({"o": two}, [(two, one)], {}, sizes, {})
     for name, size in (("hidden", 60), ("rank", 48), ("rotary", 16), ("experts", 6)):
         with pytest.raises(ValueError, match="whole vectors"):
-            inference.Layer.of(good, sizes | {name: size}, {})
+            inference.Layer.of(good, [], {}, sizes | {name: size}, {})
     numbers = torch.arange(3)
     few = numbers.int()
     angles = torch.zeros(3, 16), torch.zeros(3, 16)

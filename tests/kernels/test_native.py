@@ -283,13 +283,14 @@ def test_the_compiler_may_have_another_in_front(
     assert native.library.__wrapped__() is not None
 
 
-def test_the_source_has_no_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["native", "x86-64-v4", "x86-64-v3"])
+def test_the_source_has_no_warnings(target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-O0", "-Werror", "-fsyntax-only"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_open", lambda path: path)
     monkeypatch.setattr(Path, "chmod", lambda *arguments: None)
     with pytest.raises(FileNotFoundError):  # compiled without a word, and without a result
-        native._load(["g++"])
+        native._load(["g++", f"-march={target}"])
 
 
 WAYS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {

@@ -12,6 +12,11 @@ names, but for three things:
   each matrix is written to its place in the file as it comes by: nothing is held but the tensor in hand.
 - **Norms, gates and correction biases are float32**, since llama.cpp multiplies by nothing else there.
 
+What else there is can be smaller (`dsv3.quant.ggml` has the formats). A mix such as `q4_k_m` names a format and, as
+llama.cpp does, gives more bits to what suffers most: the head, in some layers what leads out of the feed-forward. A matrix
+whose rows are no whole blocks takes a simpler format. What our own int8 and int4 hold in groups of 32 is Q8_0 and Q4_0 in
+another order of bytes, and is not rounded again where the wanted format has as many bits or more.
+
 Multi-token prediction modules are blocks after the last one (`block_count` counts them, `nextn_predict_layers`
 says how many they are). Embedding and head are left out of them: what reads the file shares the main model's.
 
@@ -25,40 +30,77 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dsv3.checkpoint.hub import expand
-from dsv3.checkpoint.names import Piece
+from dsv3.checkpoint.names import INTEGER_SCALE_SUFFIX, ZERO_SUFFIX, Piece
+from dsv3.checkpoint.ollama import modelfile
 from dsv3.checkpoint.progress import progress_bar
-from dsv3.checkpoint.reader import open_checkpoint
-from dsv3.checkpoint.shards import TensorInfo
+from dsv3.checkpoint.reader import Checkpoint, Stored, generation_config, open_checkpoint
 from dsv3.checkpoint.writer import check_space, staged_file
-from dsv3.config import ModelConfig, read_optional_json
+from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError, UserError
-from dsv3.quant.fp8 import dequantize_blocks
+from dsv3.files import write_whole
+from dsv3.gguf import MAGIC, TYPES, Type, Value, is_gguf, write_header
+from dsv3.kernels.packed import Packed, dequantize
+from dsv3.quant import ggml
 from dsv3.text.bpe import PATTERNS
 from dsv3.text.chat import DEEPSEEK_TEMPLATE
+from dsv3.text.gguf import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from dsv3.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import gguf
-
-Target = Literal["gguf-bf16", "gguf-f32"]
-_DTYPES: dict[Target, torch.dtype] = {"gguf-bf16": torch.bfloat16, "gguf-f32": torch.float32}
+Quant = Literal[
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q5_1",
+    "q5_0",
+    "q4_k_m",
+    "q4_k_s",
+    "q4_1",
+    "q4_0",
+    "q3_k_l",
+    "q3_k_m",
+    "q3_k_s",
+    "q2_k",
+]
+"""Number formats, and mixes of them, as llama.cpp names them."""
+FILE_TYPES: dict[Quant, int] = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q8_0": 7,
+    "q5_0": 8,
+    "q5_1": 9,
+    "q2_k": 10,
+    "q3_k_s": 11,
+    "q3_k_m": 12,
+    "q3_k_l": 13,
+    "q4_k_s": 14,
+    "q4_k_m": 15,
+    "q5_k_s": 16,
+    "q5_k_m": 17,
+    "q6_k": 18,
+    "bf16": 32,
+}
+"""What `general.file_type` says."""
+_SIMPLER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""What rows take that are no multiple of 256, as in llama.cpp."""
 ARCHITECTURE = "deepseek2"
-MAGIC = b"GGUF"
-Value = str | bool | int | float | list[str] | list[int]
 
-_GATING = {"softmax": 1, "sigmoid": 2}
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # kinds of tokens
-_SAMPLING = {"temperature": ("temp", float), "top_p": ("top_p", float), "top_k": ("top_k", int)}
+GATING = {"softmax": 1, "sigmoid": 2}
+SAMPLING = {"temperature": ("temp", float), "top_p": ("top_p", float), "top_k": ("top_k", int)}
 
 
 @dataclass(frozen=True)
@@ -73,17 +115,21 @@ class Written:
 
 
 def export_gguf(
-    source: str | Path, out: str | Path, to: Target, mtp: bool = True, progress: bool = False
+    source: str | Path,
+    out: str | Path,
+    quant: Quant = "bf16",
+    mtp: bool = True,
+    ollama: bool = False,
+    progress: bool = False,
 ) -> Written:
-    """Write the checkpoint in `source` to the file `out`, with its tokenizer and chat template.
+    """Write the checkpoint in `source`, a folder or a GGUF file, to the file `out`, with its tokenizer and chat template.
 
     Keeps about one tensor in memory. Without `mtp` the multi-token prediction modules are left out. A GGUF file at
-    `out` is replaced. Raises CheckpointError or OSError, with nothing written, if the source is not whole, is of a
-    shape that llama.cpp does not run, or the file cannot be written; UserError if the package gguf is missing.
+    `out` is replaced, and with `ollama` the Modelfile beside it (`dsv3.checkpoint.ollama`). Raises CheckpointError or OSError, with nothing written, if the source is not whole, is of a
+    shape that llama.cpp does not run, or the file cannot be written.
     """
-    if to not in get_args(Target):
-        raise CheckpointError(f"cannot convert to {to!r}: choose {' or '.join(get_args(Target))}")
-    library = _library()
+    if quant not in get_args(Quant):
+        raise CheckpointError(f"quant is {quant!r}: choose {', '.join(get_args(Quant))}")
     source, out = expand(source), expand(out)
     _check_replaceable(out)
     checkpoint = open_checkpoint(source)
@@ -92,37 +138,97 @@ def export_gguf(
     checkpoint.check_copies()
     config = checkpoint.config
     check(config)
-    values = metadata(config) | tokenizer_metadata(_tokenizer(source), config) | _general(source, to)
+    tokenizer = _tokenizer(source)
+    values = metadata(config) | tokenizer_metadata(tokenizer, config) | _general(source, quant)
+    beside = modelfile(out.name, tokenizer, generation_config(source)) if ollama else None
     places = {name: destinations(piece, config) for name, piece in checkpoint.pieces.items()}
-    infos = {
-        place.tensor: TensorInfo(place.tensor, _dtype(place, to), place.shape)
-        for of_piece in places.values()
+    outs = {
+        place.tensor: Out(place, type_for(place, quant, config, _moves(checkpoint, name)))
+        for name, of_piece in places.items()
         for place in of_piece
     }
-    nbytes = sum(info.nbytes for info in infos.values())
-    total = sum(checkpoint.tensors[name].nbytes for name in places)
-    with staged_file(out) as path, progress_bar(f"Converting to {to}", total, progress) as advance:
+    nbytes = sum(each.nbytes for each in outs.values())
+    total = sum(map(checkpoint.stored_nbytes, places))
+    with staged_file(out) as path, progress_bar(f"Converting to {quant}", total, progress) as advance:
         check_space(path.parent, nbytes)
-        offsets = _write_header(library, path, values, infos.values())
+        announced = [(each.place.tensor, each.type, tuple(each.place.shape)) for each in outs.values()]
+        offsets = dict(zip(outs, write_header(path, values, announced), strict=True))
         with path.open("r+b") as file:
-            for piece, tensor, scale in checkpoint.stream():
+            for piece, stored in checkpoint.stream():
                 for place in places[piece.name]:
-                    dtype = infos[place.tensor].dtype
-                    whole = tensor.to(dtype) if scale is None else dequantize_blocks(tensor, scale, dtype)
-                    file.seek(offsets[place.tensor] + place.first * dtype.itemsize)
-                    file.write(place.take(whole).contiguous().flatten().view(torch.uint8).numpy().data)
-                    del whole
-                advance(tensor.nbytes)
+                    kind = outs[place.tensor].type
+                    file.seek(offsets[place.tensor] + place.first // kind.block * kind.nbytes)
+                    file.write(_encode(piece.name, stored, place, kind).flatten().numpy().data)
+                advance(stored.nbytes)
             file.flush()
             os.fsync(file.fileno())
-    return Written(nbytes, len(infos), tuple(_notes(config)))
+    if beside is not None:
+        write_whole(out.with_suffix(".Modelfile"), beside)
+    return Written(nbytes, len(outs), tuple(_notes(config)))
 
 
-def _dtype(place: Place, to: Target) -> torch.dtype:
-    """What a tensor is stored as. Other number formats begin here, and where `export_gguf` writes the bytes."""
-    if len(place.shape) == 1 or place.tensor.endswith(".ffn_gate_inp.weight"):
-        return torch.float32
-    return _DTYPES[to]
+def _moves(checkpoint: Checkpoint, name: str) -> Type | None:
+    """The format that a tensor of the checkpoint is in already but for the order of bytes."""
+    kind, scale = checkpoint.kinds.get(name), checkpoint.tensors.get(name + INTEGER_SCALE_SUFFIX)
+    if kind is None or scale is None or name + ZERO_SUFFIX in checkpoint.tensors:
+        return None
+    group = checkpoint.pieces[name].shape[1] // scale.shape[1]
+    return ggml.TYPE_OF[kind] if group == ggml.GROUP else None
+
+
+def _encode(name: str, stored: Stored, place: Place, to: Type) -> Tensor:
+    """The bytes that go to a place: uint8."""
+    if isinstance(stored, Packed):
+        if ggml.moves(stored, to):
+            return ggml.to_blocks(stored)
+        stored = dequantize(stored, ggml.FLOATS.get(to.name, torch.float32))
+    try:
+        return ggml.quantize(place.take(stored).contiguous(), to)
+    except UserError as error:
+        raise CheckpointError(f"{name} {error}") from None
+
+
+def type_for(place: Place, quant: Quant, config: ModelConfig, kept: Type | None = None) -> Type:
+    """The format of a tensor: llama.cpp's choice (llama-quant.cpp, `llama_tensor_get_type`), but for what may stay as it is.
+
+    kept: what it is in already (`dsv3.quant.ggml.type_of`). For a head in Q8_0 that is as good as llama.cpp's Q6_K.
+    """
+    name = place.tensor
+    if len(place.shape) == 1 or name.endswith(".ffn_gate_inp.weight"):
+        return TYPES["F32"]
+    if quant in ("f32", "f16", "bf16"):
+        return TYPES[quant.upper()]
+    base = re.sub(r"_k_[sml]$", "_k", quant).upper()
+    block = TYPES[base].block
+    wanted = _more_bits(name, quant, config) or base
+    if name == "output.weight" or (name == "token_embd.weight" and config.tie_word_embeddings):
+        wanted = "Q8_0" if base == "Q8_0" or place.shape[-1] % block else "Q6_K"
+        if kept is not None:
+            return kept
+    kind = TYPES[wanted]
+    if kept is not None and kept.nbytes / kept.block <= kind.nbytes / kind.block:
+        return kept
+    if place.shape[-1] % kind.block:
+        kind = TYPES[_SIMPLER.get(wanted, "F16")]
+    return TYPES["F16"] if place.shape[-1] % kind.block else kind
+
+
+def _more_bits(name: str, quant: Quant, config: ModelConfig) -> str | None:
+    """The format of a tensor for which a mix has another than its own."""
+    if name.endswith(".attn_output.weight"):
+        return {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}.get(quant)
+    match = re.match(r"blk\.(\d+)\.ffn_down", name)
+    if match is None:
+        return None
+    layer, layers = int(match[1]), config.num_hidden_layers + config.num_nextn_predict_layers
+    eighth = layers // 8
+    if quant in ("q4_k_m", "q5_k_m"):  # the first and last eighth, and every third layer
+        return "Q6_K" if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2 else None
+    if quant == "q4_k_s":
+        return "Q5_K" if layer < eighth else None
+    if quant == "q3_k_m":
+        return "Q5_K" if layer < layers // 16 else "Q4_K"
+    return {"q2_k": "Q3_K", "q3_k_l": "Q5_K"}.get(quant)
 
 
 # Tensors -----------------------------------------------------------------------------------------------
@@ -140,6 +246,8 @@ class Place:
     """The number in it, counted from its start, where these begin; they lie in one run."""
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """What of the source tensor goes there, and in which order."""
+    one: tuple[int, ...] | None = None
+    """The shape of these numbers, if they are not all."""
 
 
 _GLOBAL = {
@@ -200,8 +308,23 @@ def destinations(piece: Piece, config: ModelConfig) -> list[Place]:
     if expert is not None:
         assert config.n_routed_experts is not None
         stacked = torch.Size((config.n_routed_experts, *shape))
-        return [Place(f"{block}ffn_{expert[2]}_exps.weight", stacked, int(expert[1]) * shape.numel())]
+        return [
+            Place(f"{block}ffn_{expert[2]}_exps.weight", stacked, int(expert[1]) * shape.numel(), one=shape)
+        ]
     return [Place(block + _IN_BLOCK[name], shape)]
+
+
+@dataclass(frozen=True)
+class Out:
+    """A tensor of the file."""
+
+    place: Place
+    """One of those it is filled from."""
+    type: Type
+
+    @property
+    def nbytes(self) -> int:
+        return self.type.size(self.place.shape)
 
 
 # Keys --------------------------------------------------------------------------------------------------
@@ -294,7 +417,7 @@ def _expert_metadata(config: ModelConfig) -> dict[str, Value]:
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_weights_scale": 1.0 if v2_normalises else float(config.routed_scaling_factor),
         "expert_weights_norm": config.norm_topk_prob,
-        "expert_gating_func": _GATING[config.scoring_func],
+        "expert_gating_func": GATING[config.scoring_func],
     }
     if (
         config.limits_groups and config.topk_group < config.n_group
@@ -303,14 +426,16 @@ def _expert_metadata(config: ModelConfig) -> dict[str, Value]:
     return values
 
 
-def _general(source: Path, to: Target) -> dict[str, Value]:
+def _general(source: Path, quant: Quant) -> dict[str, Value]:
     values: dict[str, Value] = {
+        "general.architecture": ARCHITECTURE,
         "general.type": "model",
-        "general.name": source.resolve().name,
-        "general.file_type": {"gguf-f32": 0, "gguf-bf16": 32}[to],
+        "general.name": source.stem if is_gguf(source) else source.resolve().name,
+        "general.file_type": FILE_TYPES[quant],
+        "general.quantization_version": 2,
     }
-    generation = read_optional_json(source / "generation_config.json", CheckpointError)
-    for ours, (theirs, kind) in _SAMPLING.items():
+    generation = generation_config(source)
+    for ours, (theirs, kind) in SAMPLING.items():
         value = generation.get(ours)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             values[f"general.sampling.{theirs}"] = kind(value)
@@ -381,7 +506,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, V
 def _tokens(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
     """The text and the kind of every id; those that the tokenizer has no token for are filled up."""
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    kinds = [_UNUSED] * vocab_size
+    kinds = [UNUSED] * vocab_size
     added = {token["content"]: token for token in content["added_tokens"]}
     ids = content["model"]["vocab"] | {text: token["id"] for text, token in added.items()}
     largest = max(ids.values(), default=-1)
@@ -389,14 +514,14 @@ def _tokens(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], lis
         raise CheckpointError(f"the tokenizer has an id {largest}, but vocab_size is {vocab_size}")
     for text, i in ids.items():
         tokens[i] = text
-        kinds[i] = _NORMAL if text not in added else _kind(text, added[text]["special"])
+        kinds[i] = NORMAL if text not in added else _kind(text, added[text]["special"])
     return tokens, kinds
 
 
 def _kind(text: str, special: bool) -> int:
     """llama.cpp keeps control tokens out of what it answers. `<think>` stays: its server reads it there."""
     control = special or re.fullmatch(r"<[|｜].*[|｜]>", text) is not None
-    return _CONTROL if control else _USER_DEFINED
+    return CONTROL if control else USER_DEFINED
 
 
 def _check_text_rules(content: Mapping[str, Any]) -> None:
@@ -441,53 +566,9 @@ def _spelled(pattern: str) -> str:
 # The file ----------------------------------------------------------------------------------------------
 
 
-def _library() -> Any:
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise UserError("writing GGUF needs gguf, which is not installed: pip install 'dsv3[gguf]'") from None
-    return gguf
-
-
 def _check_replaceable(out: Path) -> None:
     """A file that is no GGUF is not ours to replace: it may be one of the checkpoint's own."""
     if out.is_file():
         with out.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise CheckpointError(f"{out} is there, and is no GGUF file: name another")
-
-
-def _write_header(
-    library: Any, path: Path, values: Mapping[str, Value], infos: Collection[TensorInfo]
-) -> dict[str, int]:
-    """Write all that comes before the tensors' bytes, make room for these, and return where each begins."""
-    writer: gguf.GGUFWriter = library.GGUFWriter(None, ARCHITECTURE)
-    for key, value in values.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_float32(key, value)
-    kinds = {
-        torch.float32: library.GGMLQuantizationType.F32,
-        torch.bfloat16: library.GGMLQuantizationType.BF16,
-    }
-    for info in infos:
-        # The kind overrides numpy's dtype, which has no bfloat16.
-        writer.add_tensor_info(info.name, info.shape, np.dtype(np.float32), info.nbytes, kinds[info.dtype])
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    align: int = library.GGUF_DEFAULT_ALIGNMENT
-    offsets, end = {}, path.stat().st_size
-    for info in infos:
-        offsets[info.name] = end = -(-end // align) * align
-        end += info.nbytes
-    os.truncate(path, -(-end // align) * align)
-    return offsets

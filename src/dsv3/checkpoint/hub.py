@@ -1,6 +1,6 @@
 """From what a person calls a model to a folder on this machine.
 
-A name is one of three things: `nano`, the model that ships inside the package; a local folder; or the id of a
+A name is one of three things: `nano`, the model that ships inside the package; a local folder or GGUF file; or the id of a
 model on the Hugging Face hub, `org/name` or `org/name@revision`, which huggingface_hub downloads into its
 cache: resumed where it broke off, with its progress bar, and found again without a network.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from dsv3.errors import CheckpointError
 
 NANO = "nano"
-_CHOICES = f"a checkpoint's folder, a hub id such as deepseek-ai/DeepSeek-V3, or {NANO}"
+_CHOICES = f"a checkpoint's folder, a GGUF file, a hub id such as deepseek-ai/DeepSeek-V3, or {NANO}"
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # What a model needs, from the top folder of its repository; never code and never a pickle.
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tiktoken.model", "LICENSE*"]

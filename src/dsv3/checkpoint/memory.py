@@ -69,3 +69,13 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     raise CheckpointError(
         f"the model needs {size(needed)} as {name}, but {size(free)} are free on {device}: {advice}"
     )
+
+
+def check_bytes(needed: int, device: torch.device) -> None:
+    """Raise CheckpointError if the device lacks the memory for so many bytes of weights."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise CheckpointError(
+            f"the model needs {size(needed)} as it is packed, but {size(free)} are free on {device}: convert it to fewer "
+            "bits (dsv3 convert), or it takes a machine with more memory"
+        )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.direct import DirectReader
 from dsv3.checkpoint.hub import is_on_hub, resolve
-from dsv3.checkpoint.memory import check_memory
-from dsv3.checkpoint.names import table
+from dsv3.checkpoint.memory import check_bytes, check_memory
+from dsv3.checkpoint.names import INTEGER_SCALE_SUFFIX, ZERO_SUFFIX, Piece, table
 from dsv3.checkpoint.progress import progress_bar
 from dsv3.checkpoint.reader import INDEX, QUANTIZATION, Checkpoint, float_dtype, open_checkpoint, read_config
 from dsv3.checkpoint.writer import (
@@ -27,9 +29,12 @@ from dsv3.checkpoint.writer import (
 )
 from dsv3.config import read_json
 from dsv3.errors import CheckpointError, size
+from dsv3.kernels.fp8 import TILE
+from dsv3.kernels.packed import ROWS, Kind, Packed, dequantize, empty
 from dsv3.model import Transformer
+from dsv3.model.layers import put_packed
 from dsv3.model.rope import Rope
-from dsv3.quant.fp8 import dequantize_blocks
+from dsv3.model.stored import Store, put_stored
 
 
 class DeepseekV3(Transformer):
@@ -43,13 +48,17 @@ class DeepseekV3(Transformer):
         device: str | torch.device = "cpu",
         progress: bool = False,
         mtp: bool = True,
+        packed: bool = False,
+        experts: Store | None = None,
     ) -> Self:
         """Load a checkpoint: a folder, `nano`, or a hub id (`org/name`, `org/name@revision`).
 
         dtype: of the weights in memory (float32, bfloat16 or float16, or their names); by default as stored,
-        and bfloat16 for FP8, which is dequantised. The correction biases keep their stored dtype. mtp: whether
+        and bfloat16 where they are packed (FP8, int8, int4); these are dequantised, or with `packed` stay as they are
+        in layers that compute with them but are not trained or saved. The correction biases keep their stored dtype. mtp: whether
         to load the multi-token prediction modules, which plain generation does not need; without them the config
-        counts none. Takes little more memory than the model itself. Raises CheckpointError before allocating
+        counts none. experts: where the model gets its routed experts from, which are not loaded then, and the others are
+        read without mapping a file into memory. Takes little more memory than the model itself. Raises CheckpointError before allocating
         anything if the folder is not whole, or the model larger than what is free; weights that do not fit
         are not even downloaded.
         """
@@ -57,16 +66,30 @@ class DeepseekV3(Transformer):
         if dtype is not None and wanted is None:
             raise CheckpointError(f"dtype is {dtype}: load weights as float32, bfloat16 or float16")
         device = torch.device(device)
-        checkpoint = open_checkpoint(locate(path, wanted, device))
+        checkpoint = open_checkpoint(locate(path, wanted, device, whole=experts is None))
         if not mtp:
             checkpoint = checkpoint.without_mtp()
+        if experts is not None:
+            checkpoint = checkpoint.without_experts()
         wanted = wanted or checkpoint.dtype
-        check_memory(checkpoint.config, wanted, device)
         with torch.device("meta"):
             model = cls(checkpoint.config.replace(quantization_config=None))
+        if experts is not None:
+            put_stored(model, experts)
+        stays = layouts(checkpoint) if packed else {}
+        if stays or experts is not None:
+            check_bytes(loaded_bytes(checkpoint, stays, wanted), device)
+        else:
+            check_memory(checkpoint.config, wanted, device)
         checkpoint.check_copies()
+        for parameter, (kind, group, zero) in stays.items():
+            shape = model.state_dict()[parameter].shape
+            put_packed(model, parameter, empty(kind, shape, group, zero, device))
         state = _allocate(model, checkpoint, wanted, device)
-        _fill(state, checkpoint, progress)
+        if experts is None:
+            _fill(state, checkpoint, progress)
+        else:
+            _fill_directly(state, checkpoint, progress)
         model.load_state_dict(state, assign=True)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
@@ -100,7 +123,7 @@ class DeepseekV3(Transformer):
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for piece in pieces:
-                yield from encode(piece, piece.of(state[piece.parameter]).detach(), None, format)
+                yield from encode(piece, piece.of(state[piece.parameter]).detach(), format)
 
         with staged(Path(path)) as folder:
             quantization = QUANTIZATION if format == "fp8" else None
@@ -108,17 +131,18 @@ class DeepseekV3(Transformer):
             write_weights(folder, infos, tensors(), max_shard_size)
 
 
-def locate(path: str | Path, dtype: torch.dtype | None, device: torch.device) -> Path:
+def locate(path: str | Path, dtype: torch.dtype | None, device: torch.device, whole: bool = True) -> Path:
     """The folder of a model, as `resolve` has it; weights come from the hub only if they fit on this machine.
 
     What can be told from the small files is checked on them first: that dsv3 reads such a config, that the main
-    model fits into the device's memory as `dtype` (None: as stored, which is half precision at least), and that
-    the disk has room for the weights. Raises CheckpointError or ConfigError.
+    model fits into the device's memory as `dtype` (None: as stored, which is half precision at least) if the `whole` of
+    it shall be there, and that the disk has room for the weights. Raises CheckpointError or ConfigError.
     """
     if is_on_hub(path):
         folder = resolve(path, weights=False)
         main = read_config(folder).replace(num_nextn_predict_layers=0)
-        check_memory(main, dtype or torch.bfloat16, device)
+        if whole:
+            check_memory(main, dtype or torch.bfloat16, device)
         _check_disk(folder)
     return resolve(path)
 
@@ -140,10 +164,51 @@ def _check_disk(folder: Path) -> None:
         )
 
 
+Layout = tuple[Kind, int, bool]
+"""How a matrix is packed: kind, numbers to a group, and whether there are zero points."""
+
+
+def layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
+    """Of the parameters all of whose tensors are packed alike, and can be stacked as they are: how.
+
+    `kv_b_proj` is not among them, by which heads are multiplied from either side (`Piece.packs`)."""
+    found: dict[str, Layout | None] = {}
+    for name, piece in checkpoint.pieces.items():
+        if piece.copy_of is not None:
+            continue
+        layout = _layout(checkpoint, name, piece)
+        same = found.setdefault(piece.parameter, layout) == layout
+        found[piece.parameter] = layout if same else None
+    return {parameter: layout for parameter, layout in found.items() if layout is not None}
+
+
+def _layout(checkpoint: Checkpoint, name: str, piece: Piece) -> Layout | None:
+    kind = checkpoint.kinds.get(name)
+    if kind is None or not piece.packs:
+        return None
+    rows, width = piece.shape
+    if kind == "fp8":  # halves of one matrix keep their own blocks
+        is_part = any(isinstance(i, slice) for i in piece.index)
+        return (kind, TILE, False) if rows % (TILE if is_part else ROWS) == 0 and width % ROWS == 0 else None
+    scale = checkpoint.tensors[name + INTEGER_SCALE_SUFFIX]
+    return kind, width // scale.shape[1], name + ZERO_SUFFIX in checkpoint.tensors
+
+
+def loaded_bytes(checkpoint: Checkpoint, stays: Mapping[str, Layout], dtype: torch.dtype) -> int:
+    """Bytes of the weights in memory, those that `stays` names packed and the others as `dtype`."""
+    return sum(
+        checkpoint.stored_nbytes(name)
+        if piece.parameter in stays
+        else math.prod(piece.shape) * dtype.itemsize
+        for name, piece in checkpoint.pieces.items()
+        if piece.copy_of is None
+    )
+
+
 def _allocate(
     model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Uninitialised memory for a model on the meta device."""
+    """Uninitialised memory for a model on the meta device, but for what is allocated already: packed matrices."""
     stored = {
         piece.parameter: checkpoint.tensors[name].dtype
         for name, piece in checkpoint.pieces.items()
@@ -151,21 +216,56 @@ def _allocate(
     }
     return {
         name: torch.empty(tensor.shape, dtype=stored.get(name, dtype), device=device)
+        if tensor.is_meta
+        else tensor
         for name, tensor in model.state_dict().items()
     }
 
 
 @torch.no_grad()
 def _fill(state: dict[str, Tensor], checkpoint: Checkpoint, progress: bool) -> None:
-    total = sum(checkpoint.tensors[name].nbytes for name in checkpoint.pieces)
+    total = sum(map(checkpoint.stored_nbytes, checkpoint.pieces))
     with progress_bar(f"Loading {checkpoint.folder.name}", total, progress) as advance:
-        for piece, tensor, scale in checkpoint.stream():
-            advance(tensor.nbytes)
+        for piece, stored in checkpoint.stream():
+            advance(stored.nbytes)
             if piece.copy_of is not None:
                 continue
+            if piece.parameter not in state:
+                assert isinstance(stored, Packed)
+                for part, tensor in zip(
+                    _packed(state, piece, stored.kind).tensors, stored.tensors, strict=True
+                ):
+                    part.copy_(tensor)
+                continue
             target = piece.of(state[piece.parameter])
-            if scale is None:
-                target.copy_(tensor)
+            if isinstance(stored, Packed):
+                target.copy_(dequantize(stored.to(target.device), target.dtype))
             else:
-                device = target.device
-                target.copy_(dequantize_blocks(tensor.to(device), scale.to(device), target.dtype))
+                target.copy_(stored)
+
+
+@torch.no_grad()
+def _fill_directly(state: dict[str, Tensor], checkpoint: Checkpoint, progress: bool) -> None:
+    """The same without mapping files, for whom memory is dear."""
+    pieces = {name: piece for name, piece in checkpoint.pieces.items() if piece.copy_of is None}
+    reader = DirectReader(checkpoint)
+    with progress_bar(
+        f"Loading {checkpoint.folder.name}", sum(map(checkpoint.stored_nbytes, pieces)), progress
+    ) as advance:
+        for names in checkpoint.stream_order().values():
+            for name in names:
+                if name in pieces:
+                    piece = pieces[name]
+                    if piece.parameter in state:
+                        advance(reader.read(name, piece.of(state[piece.parameter])))
+                    else:
+                        advance(reader.read(name, _packed(state, piece, checkpoint.kinds[name])))
+
+
+def _packed(state: dict[str, Tensor], piece: Piece, kind: Kind) -> Packed:
+    """The part of a packed parameter that a piece is."""
+    prefix = piece.parameter.removesuffix("weight").removesuffix(".")
+    part = Packed(kind, state[f"{prefix}.codes"], state[f"{prefix}.scale"], state.get(f"{prefix}.zero"))
+    for index in piece.index:
+        part = part[index] if isinstance(index, int) else part.rows(index.start, index.stop)
+    return part

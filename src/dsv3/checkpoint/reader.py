@@ -9,7 +9,7 @@ shard as they lie on disk, and only one shard is mapped at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dsv3.checkpoint.names import EMBEDDING, HEAD, SCALE_SUFFIX, Piece, mtp_prefix, table
+from dsv3.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
+    INTEGER_SCALE_SUFFIX,
+    SCALE_SUFFIX,
+    ZERO_SUFFIX,
+    Piece,
+    mtp_prefix,
+    table,
+)
 from dsv3.checkpoint.shards import TensorInfo, read_header
-from dsv3.config import ModelConfig, read_json
+from dsv3.config import ModelConfig, read_json, read_optional_json
 from dsv3.errors import CheckpointError
+from dsv3.gguf import is_gguf
+from dsv3.kernels.packed import GROUPS, Kind, Packed, integer_shapes, packs
 from dsv3.quant.fp8 import BLOCK, scale_shape
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -44,6 +55,10 @@ QUANTIZATION: dict[str, Any] = {
     "weight_block_size": [BLOCK, BLOCK],
 }
 """The `quantization_config` of released FP8 files."""
+INTEGERS: dict[str, Any] = {"quant_method": "dsv3", "layout": "panels16"}
+"""That of integer files (`dsv3.kernels.packed`); what each matrix is packed into follows from its dtype and shape."""
+Stored = Tensor | Packed
+"""A tensor of a checkpoint as it lies there."""
 
 
 def float_dtype(name: str | torch.dtype) -> torch.dtype | None:
@@ -69,7 +84,8 @@ class Checkpoint:
         return {name: info for shard in self.shards.values() for name, info in shard.items()}
 
     @cached_property
-    def _shard_of(self) -> dict[str, str]:
+    def shard_of(self) -> dict[str, str]:
+        """The file that each tensor lies in."""
         return {name: file for file, shard in self.shards.items() for name in shard}
 
     @property
@@ -77,12 +93,33 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def count(self) -> int:
+        """Tensors in the files."""
+        return len(self.tensors)
+
+    @property
+    def format(self) -> str:
+        """The dtypes in the files, the one with most bytes first."""
+        sizes: dict[str, int] = {}
+        for info in self.tensors.values():
+            name = _short(info.dtype)
+            sizes[name] = sizes.get(name, 0) + info.nbytes
+        return " + ".join(sorted(sizes, key=lambda name: -sizes[name]))
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """What is packed, by name, and into what."""
+        found = {name: packed_kind(piece, self.tensors[name]) for name, piece in self.pieces.items()}
+        return {name: kind for name, kind in found.items() if kind is not None}
+
+    @property
     def quantized(self) -> bool:
-        return any(info.dtype == FP8 for info in self.tensors.values())
+        """Whether anything is packed."""
+        return bool(self.kinds)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What to load the weights as if nothing else is asked for: bfloat16 where they are FP8."""
+        """What to load the weights as if nothing else is asked for: bfloat16 where they are packed."""
         return torch.bfloat16 if self.quantized else self.tensors[EMBEDDING].dtype
 
     def without_mtp(self) -> Checkpoint:
@@ -92,19 +129,41 @@ class Checkpoint:
             self, config=config, pieces={n: p for n, p in table(config).items() if n in self.pieces}
         )
 
-    def stream(self) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
-        """Every tensor of the model as stored, with its scale where it is FP8, shard by shard.
+    def without_experts(self) -> Checkpoint:
+        """The same folder, of which the routed experts will not be read with the rest."""
+        return replace(self, pieces={n: p for n, p in self.pieces.items() if ".mlp.experts." not in n})
+
+    def stream(self) -> Iterator[tuple[Piece, Stored]]:
+        """Every tensor of the model as stored, shard by shard.
 
         Tensors are views of the file. Keep none of them, or their whole shard stays mapped.
         """
         for file, names in self.stream_order().items():
             with safe_open(self.folder / file, framework="pt") as shard:
+
+                def read(name: str, file: str = file, shard: Any = shard) -> Tensor:
+                    tensor: Tensor = (shard if self.shard_of[name] == file else self).get_tensor(name)
+                    return tensor
+
                 for name in names:
-                    scale = None
-                    if self.tensors[name].dtype == FP8:
-                        elsewhere = self._shard_of[name + SCALE_SUFFIX] != file
-                        scale = (self if elsewhere else shard).get_tensor(name + SCALE_SUFFIX)
-                    yield self.pieces[name], shard.get_tensor(name), scale
+                    yield self.pieces[name], self._stored(name, read)
+
+    def _stored(self, name: str, read: Callable[[str], Tensor]) -> Stored:
+        kind = self.kinds.get(name)
+        if kind is None:
+            return read(name)
+        zero = name + ZERO_SUFFIX
+        return Packed(
+            kind,
+            read(name),
+            read(name + (SCALE_SUFFIX if kind == "fp8" else INTEGER_SCALE_SUFFIX)),
+            read(zero) if zero in self.tensors else None,
+        )
+
+    def stored_nbytes(self, name: str) -> int:
+        """Bytes of a tensor with its scales and zeros."""
+        suffixes = ("", SCALE_SUFFIX, INTEGER_SCALE_SUFFIX, ZERO_SUFFIX)
+        return sum(self.tensors[name + s].nbytes for s in suffixes if name + s in self.tensors)
 
     def stream_order(self) -> dict[str, list[str]]:
         """For each file the names that `stream` yields from it."""
@@ -112,7 +171,7 @@ class Checkpoint:
 
     def get_tensor(self, name: str) -> Tensor:
         """One tensor as stored."""
-        with safe_open(self.folder / self._shard_of[name], framework="pt") as shard:
+        with safe_open(self.folder / self.shard_of[name], framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
         return tensor
 
@@ -137,9 +196,14 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint's config, index and headers, and check that they make a whole model.
 
-    Raises CheckpointError (or ConfigError, for what config.json says) with one line that names what is wrong.
+    path: a folder, or a GGUF file (`dsv3.checkpoint.gguf_reader`). Raises CheckpointError (or ConfigError, for what
+    config.json says) with one line that names what is wrong.
     """
     folder = Path(path)
+    if is_gguf(folder):
+        from dsv3.checkpoint.gguf_reader import open_gguf
+
+        return open_gguf(folder)
     config = read_config(folder)
     shards = _read_shards(folder)
     tensors = {name: info for shard in shards.values() for name, info in shard.items()}
@@ -151,18 +215,31 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     _check_names(folder, config, pieces, tensors)
     for name, info in tensors.items():
         if name in pieces:
-            _check_tensor(folder, config, pieces[name], info, tensors.get(name + SCALE_SUFFIX))
+            _check_tensor(folder, config, pieces[name], info, tensors)
     present = {name: piece for name, piece in pieces.items() if name in tensors}
     return Checkpoint(folder, config, present, shards)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """What a folder's config.json asks for. Raises like `open_checkpoint`, and needs no weights."""
+    if is_gguf(folder):
+        from dsv3.checkpoint.gguf_reader import config_from_gguf
+
+        return config_from_gguf(folder)
     _check_folder(folder)
     config = ModelConfig.from_json(folder / CONFIG)
     if config.quantization_config is not None:
         _check_quantization(folder, config.quantization_config)
     return config
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's generation_config.json says, or the keys of a GGUF file; nothing, if it says none."""
+    if is_gguf(folder):
+        from dsv3.checkpoint.gguf_reader import generation_config_from_gguf
+
+        return generation_config_from_gguf(folder)
+    return read_optional_json(folder / "generation_config.json", CheckpointError)
 
 
 def _check_folder(folder: Path) -> None:
@@ -185,6 +262,13 @@ def _pickle_message(folder: Path, name: str) -> str:
 
 def _check_quantization(folder: Path, stated: Mapping[str, Any]) -> None:
     """Refuse what would be read wrongly. Lists of names are not needed: dtypes say which tensors are FP8."""
+    if stated.get("quant_method") == INTEGERS["quant_method"]:
+        if dict(stated) != INTEGERS:
+            raise CheckpointError(
+                f"{folder}: unknown quantisation: quantization_config is {json.dumps(dict(stated))}, and this version of "
+                f"dsv3 reads {json.dumps(INTEGERS)}"
+            )
+        return
     allowed: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in QUANTIZATION.items()}
     allowed |= {
         "scale_fmt": (None, "float", "ue8m0"),  # ue8m0: the scales are powers of two, still stored as float32
@@ -266,7 +350,7 @@ def _check_names(
     unexpected = [
         name
         for name in tensors
-        if name not in pieces and name.removesuffix(SCALE_SUFFIX) not in pieces and not _is_ignored(name)
+        if name not in pieces and _of_packed(name) not in pieces and not _is_ignored(name)
     ]
     if unexpected:
         advice = "config.json describes another model"
@@ -277,15 +361,59 @@ def _check_names(
         )
 
 
+def _of_packed(name: str) -> str:
+    """What a tensor of scales or zeros belongs to."""
+    for suffix in (SCALE_SUFFIX, INTEGER_SCALE_SUFFIX, ZERO_SUFFIX):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def packed_kind(piece: Piece, info: TensorInfo) -> Kind | None:
+    """What a tensor of the model is packed into; None if it is not."""
+    if info.dtype == FP8:
+        return "fp8"
+    if info.dtype != torch.uint8 or len(piece.shape) != 2:
+        return None
+    return "int4" if info.shape == integer_shapes(*piece.shape, 4, GROUPS[0]).codes else "int8"
+
+
+def _check_integers(folder: Path, piece: Piece, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise CheckpointError if a tensor of integer codes is not what its shape, scales and zeros say."""
+    name, bits = info.name, 4 if packed_kind(piece, info) == "int4" else 8
+    if (piece.copy_of or name) == EMBEDDING or not piece.packs:
+        raise CheckpointError(
+            f"{folder}: {name} is packed into integers, which dsv3 does to other matrices only"
+        )
+    scale, zero = tensors.get(name + INTEGER_SCALE_SUFFIX), tensors.get(name + ZERO_SUFFIX)
+    if scale is None:
+        raise CheckpointError(f"{folder}: {name} is packed, but its {name + INTEGER_SCALE_SUFFIX} is missing")
+    out, width = piece.shape
+    fitting = [integer_shapes(out, width, bits, g) for g in GROUPS if packs(out, width, g)]
+    if scale.dtype != torch.float16 or (info.shape, scale.shape) not in fitting:
+        raise CheckpointError(
+            f"{folder}: {name} has shape {list(info.shape)} with scales {_short(scale.dtype)} {list(scale.shape)}: no way "
+            f"of packing {list(piece.shape)} weights in groups of {', '.join(map(str, GROUPS))}"
+        )
+    if zero is not None and (zero.dtype, zero.shape) != (torch.uint8, scale.shape):
+        raise CheckpointError(
+            f"{folder}: {zero.name} is {_short(zero.dtype)} {list(zero.shape)}: one uint8 per scale"
+        )
+
+
 def _is_ignored(name: str) -> bool:
     """Old transformers saved the rotary frequencies, which follow from the config."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def _check_tensor(
-    folder: Path, config: ModelConfig, piece: Piece, info: TensorInfo, scale: TensorInfo | None
+    folder: Path, config: ModelConfig, piece: Piece, info: TensorInfo, tensors: Mapping[str, TensorInfo]
 ) -> None:
     name = info.name
+    scale = tensors.get(name + SCALE_SUFFIX)
+    if info.dtype == torch.uint8 and (config.quantization_config or {}).get("quant_method") == "dsv3":
+        _check_integers(folder, piece, info, tensors)
+        return
     if info.shape != piece.shape:
         raise CheckpointError(
             f"{folder}: {name} has shape {list(info.shape)}, but config.json asks for {list(piece.shape)}"
@@ -294,7 +422,7 @@ def _check_tensor(
         if info.dtype not in FLOATS:
             raise CheckpointError(
                 f"{folder}: {name} has unsupported dtype {_short(info.dtype)}: dsv3 reads float32, bfloat16, "
-                "float16 and float8_e4m3fn with block scales"
+                "float16, float8_e4m3fn with block scales, and what `dsv3 convert` packs"
             )
         if scale is not None:
             raise CheckpointError(f"{folder}: {scale.name} scales a tensor that is {_short(info.dtype)}")

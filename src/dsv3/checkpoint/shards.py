@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class TensorInfo:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = field(default=0, compare=False)
+    """Where in the file its bytes begin, for one that lies in a file."""
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +78,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
         tensors, end = {}, 0
         for name, entry in entries:
-            tensors[name] = info = _read_entry(path, name, entry)
+            info = _read_entry(path, name, entry)
+            tensors[name] = replace(info, offset=8 + length + end)
             if entry["data_offsets"] != [end, end + info.nbytes]:
                 raise ValueError(f"{name} does not occupy the bytes that its shape and dtype ask for")
             end += info.nbytes

@@ -22,10 +22,10 @@ import psutil
 import torch
 
 from dsv3.checkpoint.hub import NANO, expand, resolve
-from dsv3.checkpoint.memory import cache_tokens, free_memory, token_bytes, weight_bytes
+from dsv3.checkpoint.memory import cache_tokens, free_memory, token_bytes
 from dsv3.checkpoint.names import HEAD, Piece, table
 from dsv3.checkpoint.reader import CONFIG, INDEX, Checkpoint, open_checkpoint
-from dsv3.checkpoint.writer import DTYPES, Format, plan
+from dsv3.checkpoint.writer import DTYPES, Packing, Target, plan
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import CheckpointError
 
@@ -60,9 +60,8 @@ class Weights:
     format: str
     memory: int
     """Of the main model, which is all that generating needs."""
-    disk: int | None
-    """Of released files, with MTP modules and their copies; None where dsv3 does not write the format, and
-    `memory` is a guess."""
+    disk: int
+    """Of files, with MTP modules and, but for integers, their copies of embedding and head."""
 
     @property
     def runs(self) -> bool:
@@ -155,26 +154,18 @@ class Summary:
 
     @cached_property
     def weights(self) -> tuple[Weights, ...]:
-        """Memory and disk in each number format: exact for those that dsv3 writes, else an estimate."""
-        main = self.config.replace(num_nextn_predict_layers=0)
-        run: tuple[Format, ...] = ("fp32", "bf16")
-        return (
-            *(Weights(f, weight_bytes(main, DTYPES[f]), self._bytes(f)) for f in run),
-            Weights("fp8", self._bytes("fp8", mtp=False), self._bytes("fp8")),
-            *(Weights(f"int{bits}", self._estimate(bits), None) for bits in (8, 4)),
+        """Memory and disk in each number format; integers in groups of 32 without zero points, as by default."""
+        formats: dict[str, Target] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8", "int8": Packing("int8")}
+        formats |= {"mixed": Packing("mixed"), "int4": Packing("int4")}
+        return tuple(Weights(name, self._bytes(t, mtp=False), self._bytes(t)) for name, t in formats.items())
+
+    def _bytes(self, target: Target, mtp: bool = True) -> int:
+        copies = not isinstance(target, Packing)
+        return sum(
+            _stored(piece, target) * n
+            for part, piece, n in self._kinds
+            if (mtp or part != MTP) and (copies or piece.copy_of is None)
         )
-
-    def _bytes(self, format: Format, mtp: bool = True) -> int:
-        return sum(_stored(piece, format) * n for part, piece, n in self._kinds if mtp or part != MTP)
-
-    def _estimate(self, bits: int) -> int:
-        """What FP8 quantises, in so many bits and a 16-bit scale for each 128 weights; the rest in bf16."""
-        size = 0
-        for part, piece, count in self._kinds:
-            if part != MTP:
-                n = math.prod(piece.shape)
-                size += count * (n * bits // 8 + n // 64 if piece.in_fp8 else _stored(piece, "bf16"))
-        return size
 
     def cache_per_token(self) -> int:
         """Bytes that the latent cache takes for one token, in bf16."""
@@ -189,10 +180,10 @@ class Summary:
         return min(tokens, self.config.max_position_embeddings)
 
 
-def _stored(piece: Piece, format: Format) -> int:
+def _stored(piece: Piece, target: Target) -> int:
     """Bytes of one tensor, its scales included, as released files have it: correction biases in float32."""
     dtype = torch.float32 if piece.keeps_dtype else torch.bfloat16
-    return sum(info.nbytes for info in plan(piece, dtype, format))
+    return sum(info.nbytes for info in plan(piece, dtype, target))
 
 
 def summarize(model: str) -> Summary:
@@ -220,14 +211,10 @@ def summarize(model: str) -> Summary:
 
 
 def _files(checkpoint: Checkpoint) -> Files:
-    by_dtype: dict[str, int] = {}
-    for info in checkpoint.tensors.values():
-        dtype = str(info.dtype).removeprefix("torch.")
-        by_dtype[dtype] = by_dtype.get(dtype, 0) + info.nbytes
     return Files(
         folder=checkpoint.folder,
-        format=" + ".join(sorted(by_dtype, key=lambda dtype: -by_dtype[dtype])),
-        tensors=len(checkpoint.tensors),
+        format=checkpoint.format,
+        tensors=checkpoint.count,
         shards=len(checkpoint.shards),
         nbytes=checkpoint.nbytes,
     )

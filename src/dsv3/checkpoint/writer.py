@@ -2,7 +2,8 @@
 
 Three formats: `bf16` and `fp8` are the released ones, `fp32` loses nothing of a model in training. In all
 of them the correction biases keep their dtype. FP8 quantises exactly what the released files do
-(`Piece.in_fp8`). A fourth, `same`, keeps each tensor as it is.
+(`Piece.in_fp8`). A fourth, `same`, keeps each float and FP8 tensor as it is. `Packing` is for our own files, with matrices
+in integers as they lie in memory (`dsv3.kernels.packed`).
 
 Everything goes into a new folder beside the target, which takes the target's place once it is complete.
 """
@@ -17,6 +18,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +27,13 @@ import torch
 from torch import Tensor
 
 from dsv3.checkpoint.hub import expand
-from dsv3.checkpoint.names import SCALE_SUFFIX, Piece
-from dsv3.checkpoint.reader import CONFIG, FP8, INDEX, SINGLE
+from dsv3.checkpoint.names import HEAD, INTEGER_SCALE_SUFFIX, SCALE_SUFFIX, ZERO_SUFFIX, Piece
+from dsv3.checkpoint.reader import CONFIG, FP8, INDEX, SINGLE, Stored
 from dsv3.checkpoint.shards import TensorInfo, write_shard
 from dsv3.errors import CheckpointError, UserError, size
-from dsv3.quant.fp8 import dequantize_blocks, quantize_blocks, scale_shape
+from dsv3.kernels.packed import Packed, dequantize, integer_shapes, packs
+from dsv3.quant.fp8 import quantize_blocks, scale_shape
+from dsv3.quant.integers import quantize
 
 Format = Literal["bf16", "fp8", "fp32"]
 SHARD_SIZE = 5_000_000_000
@@ -39,18 +43,58 @@ _RESTATED = ("torch_dtype", "dtype", "quantization_config", "auto_map")
 """Keys of `config.json` that are not copied; `dtype` is a newer name of `torch_dtype`."""
 
 
-def stored_dtype(piece: Piece, dtype: torch.dtype, format: Format | Literal["same"]) -> torch.dtype:
-    """What a tensor that has `dtype` now is stored as."""
-    if piece.keeps_dtype or format == "same":
+@dataclass(frozen=True)
+class Packing:
+    """Integer formats: which matrices take how many bits, and how many weights share a scale."""
+
+    mix: Literal["int8", "int4", "mixed"]
+    """`mixed`: routed experts, nearly all weights of a large model, in four bits, what every token goes through in eight."""
+    group: int = 32
+    zero_points: bool = False
+
+    def bits(self, piece: Piece) -> int | None:
+        """Of a tensor's codes; None if it stays in bf16. The head, which decides between tokens, has eight in any mix."""
+        if not piece.packs or piece.copy_of is not None:
+            return None
+        out, width = piece.shape
+        if not packs(out, width, self.group):
+            return None
+        in_four = self.mix == "int4" or (self.mix == "mixed" and ".mlp.experts." in piece.name)
+        return 4 if in_four and piece.name != HEAD else 8
+
+    def has(self, packed: Packed, bits: int) -> bool:
+        """Whether a matrix is in so many bits already, in the same groups."""
+        layout = packed.kind, packed.group, packed.zero is not None
+        return layout == (f"int{bits}", self.group, self.zero_points)
+
+
+Target = Format | Literal["same"] | Packing
+
+
+def stored_dtype(piece: Piece, dtype: torch.dtype, target: Target) -> torch.dtype:
+    """What a tensor that has `dtype` now is stored as, if not in integers."""
+    if piece.keeps_dtype or target == "same":
         return dtype
-    if format == "fp8" and (piece.in_fp8 or dtype == FP8):
-        return FP8
-    return DTYPES[format]
+    if isinstance(target, Packing):
+        return torch.bfloat16
+    return FP8 if target == "fp8" and (piece.in_fp8 or dtype == FP8) else DTYPES[target]
 
 
-def plan(piece: Piece, dtype: torch.dtype, format: Format | Literal["same"]) -> list[TensorInfo]:
+def plan(piece: Piece, dtype: torch.dtype, target: Target) -> list[TensorInfo]:
     """The tensors that `encode` will make of one, before there is any."""
-    infos = [TensorInfo(piece.name, stored_dtype(piece, dtype, format), piece.shape)]
+    if isinstance(target, Packing) and (bits := target.bits(piece)) is not None:
+        rows, cols = piece.shape
+        shapes = integer_shapes(rows, cols, bits, target.group)
+        return [
+            TensorInfo(piece.name, torch.uint8, shapes.codes),
+            TensorInfo(piece.name + INTEGER_SCALE_SUFFIX, torch.float16, shapes.scale),
+            *(
+                [TensorInfo(piece.name + ZERO_SUFFIX, torch.uint8, shapes.scale)]
+                if target.zero_points
+                else []
+            ),
+        ]
+    infos = [TensorInfo(piece.name, stored_dtype(piece, dtype, target), piece.shape)]
     if infos[0].dtype == FP8:
         rows, cols = piece.shape
         infos.append(TensorInfo(piece.name + SCALE_SUFFIX, torch.float32, scale_shape(rows, cols)))
@@ -58,20 +102,42 @@ def plan(piece: Piece, dtype: torch.dtype, format: Format | Literal["same"]) -> 
 
 
 def encode(
-    piece: Piece, tensor: Tensor, scale: Tensor | None, format: Format | Literal["same"]
+    piece: Piece, stored: Stored, target: Target, importance: Tensor | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Bring a tensor into `format`, bit for bit where it is in it already. `scale` is that of an FP8 one."""
-    wanted = stored_dtype(piece, tensor.dtype, format)
-    if scale is not None and wanted != FP8:
-        tensor, scale = dequantize_blocks(tensor, scale, wanted), None
-    elif scale is None and wanted == FP8:
-        try:
-            tensor, scale = quantize_blocks(tensor)
-        except UserError as error:
-            raise CheckpointError(f"{piece.name} {error}") from None
-    yield piece.name, tensor.to(wanted)
-    if scale is not None:
-        yield piece.name + SCALE_SUFFIX, scale.float()
+    """Bring a tensor into the wanted format, bit for bit where it is in it already.
+
+    importance: of each column, for integers (`dsv3.quant.integers`). Raises CheckpointError for what cannot be quantised.
+    """
+    try:
+        if isinstance(target, Packing) and (bits := target.bits(piece)) is not None:
+            if isinstance(stored, Packed) and target.has(stored, bits):
+                packed = stored
+            else:
+                packed = quantize(stored, bits, target.group, target.zero_points, importance)
+        else:
+            wanted = stored_dtype(
+                piece, stored.codes.dtype if isinstance(stored, Packed) else stored.dtype, target
+            )
+            if wanted != FP8:
+                yield (
+                    piece.name,
+                    dequantize(stored, wanted) if isinstance(stored, Packed) else stored.to(wanted),
+                )
+                return
+            if isinstance(stored, Packed) and stored.kind == "fp8":
+                packed = stored
+            else:
+                numbers = dequantize(stored) if isinstance(stored, Packed) else stored
+                packed = Packed("fp8", *quantize_blocks(numbers))
+    except UserError as error:
+        raise CheckpointError(f"{piece.name} {error}") from None
+    yield piece.name, packed.codes
+    if packed.kind == "fp8":
+        yield piece.name + SCALE_SUFFIX, packed.scale.float()
+        return
+    yield piece.name + INTEGER_SCALE_SUFFIX, packed.scale
+    if packed.zero is not None:
+        yield piece.name + ZERO_SUFFIX, packed.zero
 
 
 def write_weights(

@@ -52,7 +52,7 @@ def _sampling(help: str, **bounds: Any) -> Any:
 
 def chat(
     model: Annotated[
-        str, typer.Argument(help="nano, a checkpoint's folder, or a hub id.", metavar="MODEL")
+        str, typer.Argument(help="nano, a checkpoint's folder, a GGUF file, or a hub id.", metavar="MODEL")
     ] = "nano",
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Answer this and leave, as with a prompt piped in.")
@@ -89,6 +89,10 @@ def chat(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: one for a small model, else all cores.")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Keep to so much, such as 12GB: experts are read from disk when they are needed."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With a prompt: the reply as JSON.")] = False,
 ) -> None:
     """Chat with a model; without a terminal, answer what is on standard input."""
@@ -118,7 +122,7 @@ def chat(
     from dsv3.engine.llm import LLM
 
     seed = secrets.randbits(32) if seed is None else seed
-    llm = LLM(model, dtype=dtype, device=device, seed=seed, progress=sys.stderr.isatty())
+    llm = LLM(model, dtype=dtype, device=device, memory=memory, seed=seed, progress=sys.stderr.isatty())
     llm.use_threads(threads)
     if thinking is not None and "thinking" not in (llm.tokenizer.chat_template or ""):
         raise UserError(
@@ -167,6 +171,7 @@ class Session:
         self.variables = variables or {}
         self.turns: list[Message] = []
         self.dropped = 0
+        self.experts = getattr(llm, "experts", None)
         self.notes = Console(stderr=True, highlight=False, markup=False)
 
     @property
@@ -179,6 +184,8 @@ class Session:
     def ask(self, messages: list[Message], write: Callable[[str], object]) -> Answer:
         """Stream the answer to `write`. An interruption ends it, and what there is of it is returned."""
         answer, first = Answer(), (0, 0.0)
+        if self.experts is not None:
+            self.experts.reads = type(self.experts.reads)()  # from here on, for this answer
         try:
             stream = self.llm.stream_chat(messages, self.params, chat_template_kwargs=self.variables)
             with closing(stream) as outputs:
@@ -240,6 +247,8 @@ class Session:
         ends = {None: ", stopped by you", "length": ", cut off at the limit"}
         speed = f"{answer.tokens} tokens, {answer.tokens_per_second:.0f} tokens/s"
         self._note(speed + ends.get(answer.finish_reason, ""))
+        if self.experts is not None:
+            self._note(str(self.experts.reads))
 
     def _note(self, text: str) -> None:
         self.notes.print(text, style="dim")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from dsv3.cli.bars import progress_bar
 
 if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from dsv3.engine.llm import LLM
@@ -53,7 +53,7 @@ def _needle(llm: LLM, settings: Settings) -> Report:
     from dsv3.eval.needle import even_depths, plot, sweep
 
     filler = built_in if settings.haystack is None else from_file(settings.haystack)
-    with _progress("needle") as progress:
+    with progress_bar("needle") as progress:
         result = sweep(
             llm,
             settings.lengths,
@@ -74,7 +74,7 @@ def _bits_per_byte(llm: LLM, settings: Settings) -> Report:
 
     if settings.data is None:
         raise typer.BadParameter("bits-per-byte needs the folder of held-out text", param_hint="--data")
-    with _progress("bits per byte") as progress:
+    with progress_bar("bits per byte") as progress:
         bits = bits_per_byte(llm, settings.data, settings.window, progress)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("held-out text")
@@ -90,7 +90,7 @@ def _loads(llm: LLM, settings: Settings) -> Report:
 
     if settings.text is None:
         raise typer.BadParameter("loads needs a text to read", param_hint="--text")
-    with _progress("expert loads") as progress:
+    with progress_bar("expert loads") as progress:
         result = expert_loads(llm, settings.text, settings.window, progress)
     facts = {"text": str(settings.text)} | result.to_dict()
     return Report(facts, _loads_table(result), lambda path: plot(result, path, settings.model))
@@ -126,7 +126,9 @@ def _lengths(value: str) -> tuple[int, ...]:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="nano, a checkpoint's folder, or a hub id.", metavar="MODEL")],
+    model: Annotated[
+        str, typer.Argument(help="nano, a checkpoint's folder, a GGUF file, or a hub id.", metavar="MODEL")
+    ],
     tasks: Annotated[str, typer.Option(help=f"What to measure, with commas between: {', '.join(TASKS)}.")],
     lengths: Annotated[
         str | None,
@@ -194,18 +196,6 @@ def evaluate(
         return
     for report in reports.values():
         Console(highlight=False).print("", report.shown)
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error, if somebody is there to see it."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _needle_table(result: NeedleResult) -> Group:

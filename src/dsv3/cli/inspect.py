@@ -23,7 +23,7 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            help="nano, a checkpoint's folder, a config.json, a hub id (weights are not downloaded), or a "
+            help="nano, a checkpoint's folder, a GGUF file, a config.json, a hub id (weights are not downloaded), or a "
             "preset: v3-671b, v3-16b, tiny.",
             metavar="MODEL",
         ),
@@ -54,10 +54,7 @@ def _facts(model: str, summary: Summary, pools: list[Pool]) -> dict[str, Any]:
             "in_files": summary.in_files,
             "parts": [{"name": p.name, "total": p.total, "active": p.active} for p in summary.parts],
         },
-        "weights": [
-            {"format": w.format, "memory": w.memory, "disk": w.disk, "estimate": w.disk is None}
-            for w in summary.weights
-        ],
+        "weights": [{"format": w.format, "memory": w.memory, "disk": w.disk} for w in summary.weights],
         "cache": {"dtype": "bf16", "per_token": per_token, "at_128k": per_token * LONG},
         "machine": [
             {
@@ -124,11 +121,10 @@ def _weights(summary: Summary, pools: list[Pool]) -> Table:
     columns = [f"in {size(pool.free)} of free {pool.name}" for pool in pools]
     made = table("Weights: in memory without MTP, on disk with it", "", "memory", "disk", *columns)
     for weights in summary.weights:
-        disk = "" if weights.disk is None else size(weights.disk)
-        name = f"{weights.format}{' (estimate)' if weights.disk is None else ''}"
-        made.add_row(name, size(weights.memory), disk, *(_fits(summary, weights, pool) for pool in pools))
+        fits = (_fits(summary, weights, pool) for pool in pools)
+        made.add_row(weights.format, size(weights.memory), size(weights.disk), *fits)
     made.caption = (
-        "Memory: what is loaded to generate. Disk: released files, with MTP and its copies. dsv3 runs models in "
+        "Memory: what is loaded to generate. Disk: with MTP, and but for integers its copies. dsv3 runs models in "
         "fp32 or bf16, whatever they are stored in; half of what is then free is for the cache."
     )
     return made
@@ -137,7 +133,7 @@ def _weights(summary: Summary, pools: list[Pool]) -> Table:
 def _fits(summary: Summary, weights: Weights, pool: Pool) -> str:
     """Only of a format that dsv3 computes with can one say that the model runs here."""
     if not weights.runs:
-        return "stored only" if weights.disk is not None else "not in dsv3"
+        return "stored only"
     room = summary.context_in(pool, weights)
     return "does not fit" if room is None else f"fits, {room:,} tokens"
 

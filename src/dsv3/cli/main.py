@@ -19,6 +19,7 @@ from typing import Annotated, cast
 
 import typer
 
+from dsv3.cli.bench import bench
 from dsv3.cli.chat import chat
 from dsv3.cli.convert import convert
 from dsv3.cli.data import app as data
@@ -41,8 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="MODEL is [bold]nano[/bold], the model that ships; a checkpoint's folder; or a hub id such as "
-    "deepseek-ai/DeepSeek-V3.",
+    epilog="MODEL is [bold]nano[/bold], the model that ships; a checkpoint's folder; a GGUF file; or a hub id such "
+    "as deepseek-ai/DeepSeek-V3.",
 )
 app.command(epilog="Example: dsv3 chat nano --system 'You are a kind fox.'")(chat)
 app.command(epilog="Example: dsv3 serve nano --port 8000")(serve)
@@ -51,9 +52,10 @@ app.command(epilog="Example: dsv3 inspect v3-671b")(inspect)
 app.command("eval", epilog="Example: dsv3 eval nano --tasks needle --lengths 512,1024 --plot needle.png")(
     evaluate
 )
-app.command(epilog="Example: dsv3 convert ./DeepSeek-V3 ./DeepSeek-V3-bf16 --to hf-bf16")(convert)
+app.command(epilog="Example: dsv3 convert ./DeepSeek-V3 ./DeepSeek-V3-bf16 --to bf16")(convert)
 app.add_typer(data, name="data", epilog="Example: dsv3 data build recipes/nano.yaml --material ./material")
 app.add_typer(tokenizer, name="tokenizer", epilog="Example: dsv3 tokenizer report nano -i ./books")
+app.command(epilog="Example: dsv3 bench nano --depths 0,4096 --batch 1,8 --plot bench.png")(bench)
 app.command(epilog="Example: dsv3 plan v3-671b --fit --gpu '2x rtx4090' --ram 256GB")(plan)
 app.command(epilog="Example: dsv3 train recipes/nano.yaml --material ./material")(train)
 

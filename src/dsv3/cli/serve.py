@@ -34,7 +34,7 @@ def _logs(*names: str, help: str, **more: Any) -> Any:
 
 def serve(
     model: Annotated[
-        str, typer.Argument(help="nano, a checkpoint's folder, or a hub id.", metavar="MODEL")
+        str, typer.Argument(help="nano, a checkpoint's folder, a GGUF file, or a hub id.", metavar="MODEL")
     ] = "nano",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -46,6 +46,9 @@ def serve(
     max_batched_tokens: Annotated[int, _engine("Tokens in one step; less is smoother.", min=1)] = 2048,
     cache_tokens: Annotated[
         int | None, _engine("Size of the cache; default: what is of use and fits.")
+    ] = None,
+    memory: Annotated[
+        str | None, _engine("Keep to so much, such as 12GB: experts are read from disk when needed.")
     ] = None,
     speculation: Annotated[str, _engine("Tokens guessed ahead: auto, off, or a number.")] = "auto",
     deterministic: Annotated[
@@ -129,6 +132,7 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
             cache_tokens=cache_tokens,
+            memory=memory,
             speculation=_speculation(speculation),
             deterministic=deterministic,
             prefix_caching=not no_prefix_caching,
@@ -149,7 +153,11 @@ def serve(
 
 
 def _name(model: str) -> str:
-    """What a model is called if nobody says: a folder by its last part, anything else as it is."""
+    """What a model is called if nobody says: a folder or GGUF file by its last part, anything else as it is."""
+    from dsv3.gguf import is_gguf
+
+    if is_gguf(Path(model)):
+        return Path(model).stem
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 

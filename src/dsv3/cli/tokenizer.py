@@ -171,10 +171,13 @@ def _corpus(inputs: list[str], fields: list[str] | None) -> Corpus:
 def _open(name: str) -> Tokenizer:
     """The tokenizer of a model, a folder or a file."""
     from dsv3.checkpoint.hub import resolve
+    from dsv3.gguf import is_gguf
     from dsv3.text import Tokenizer
 
     path = resolve(name, weights=False)
-    return Tokenizer.from_file(path) if path.is_file() else Tokenizer.from_pretrained(path)
+    return (
+        Tokenizer.from_file(path) if path.is_file() and not is_gguf(path) else Tokenizer.from_pretrained(path)
+    )
 
 
 def _open_against(name: str) -> Tokenizer | None:

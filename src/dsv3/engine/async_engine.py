@@ -22,6 +22,7 @@ from typing import Any
 
 from dsv3.engine.grammar import CompiledGrammar
 from dsv3.engine.llm import LLM
+from dsv3.engine.offload import Reads
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
 from dsv3.engine.sequence import FinishReason, Sequence, TextDecoder
 from dsv3.errors import UserError
@@ -84,6 +85,8 @@ class EngineStats:
     speculating: bool
     finished: dict[str, int]
     """Answers by what ended them, "abort" included."""
+    experts: Reads | None = None
+    """What was read of experts that are on disk; None where all are in memory."""
 
 
 @dataclass(eq=False)
@@ -210,6 +213,7 @@ class AsyncEngine:
             speculating=engine.drafts > 0
             and (engine.pace is None or engine.pace.speculates(max(running, 1))),
             finished=dict(engine.finished),
+            experts=None if self.llm.experts is None else replace(self.llm.experts.reads),
         )
 
     def _accept(self, prompt_ids: list[int], params: SamplingParams, **kwargs: Any) -> _Mailbox:

@@ -122,7 +122,7 @@ class Engine:
             if speculation != "auto":
                 raise UserError(
                     f"speculation is {speculation!r}: with deterministic it needs kernels that this machine, device or "
-                    "dtype lacks (a CPU with AVX512-BF16, bfloat16, a C++ compiler); turn one of the two off"
+                    "dtype lacks (an x86 CPU with AVX2, bfloat16, a C++ compiler); turn one of the two off"
                 )
             self.drafts = 0
         cache = allocate(config, self.manager.total, weight.dtype, weight.device, mtp=self.drafts > 0)

@@ -26,12 +26,14 @@ from typing import Any, TypeGuard
 
 import torch
 
+from dsv3.checkpoint.experts import ExpertFiles
 from dsv3.checkpoint.memory import fits
 from dsv3.checkpoint.pretrained import DeepseekV3, locate
-from dsv3.checkpoint.reader import read_config
-from dsv3.config import read_optional_json
+from dsv3.checkpoint.reader import generation_config, open_checkpoint, read_config
+from dsv3.engine.budget import parse_memory, plan
 from dsv3.engine.engine import Engine, Speculation
-from dsv3.engine.machine import choose_device, choose_dtype, suggested_threads
+from dsv3.engine.machine import choose_device, choose_dtype, computes_packed, suggested_threads
+from dsv3.engine.offload import ExpertCache
 from dsv3.engine.sampling import SamplingParams, TokenLogprobs
 from dsv3.engine.sequence import FinishReason, Sequence
 from dsv3.errors import CheckpointError, UserError
@@ -122,6 +124,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_batched_tokens: int = 2048,
         cache_tokens: int | None = None,
+        memory: str | int | None = None,
         prefix_caching: bool = True,
         speculation: Speculation = "auto",
         deterministic: bool = False,
@@ -130,19 +133,50 @@ class LLM:
     ) -> None:
         """model: "nano", a checkpoint folder, a hub id, or a Transformer already in place with its tokenizer.
 
-        dtype "auto" is bfloat16 where the hardware multiplies it, else float32; device "auto" is the GPU if
-        there is one; speculation "auto" loads the MTP modules if they fit as well. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit; from
+        dtype "auto" is bfloat16 where the hardware or our own kernels multiply it, else float32; device "auto" is the GPU if
+        there is one; speculation "auto" loads the MTP modules if they fit as well.
+        memory: bytes, or a size such as "12GB", to keep to: what a token needs stays in memory, routed experts are read
+        from disk when they are needed, and `experts` counts how often (`dsv3.engine.offload`; speculation "auto" is off
+        then, for guesses read experts too). On a GPU it is what the experts may take of main memory. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit; from
         the hub it is not even downloaded.
         """
         self.default_params = SamplingParams()
+        self.experts: ExpertCache | None = None
         if not isinstance(model, Transformer):
             place = choose_device(device)
             number = choose_dtype(dtype, place)
-            folder = locate(model, number, place)
+            folder = locate(model, number, place, whole=memory is None)
             tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
             self.default_params = read_generation_config(folder)
             mtp = speculation != "off" and (speculation != "auto" or fits(read_config(folder), number, place))
-            model = DeepseekV3.from_pretrained(folder, number, place, progress, mtp=mtp)
+            packed = computes_packed(number, place)
+            if memory is not None:
+                checkpoint = open_checkpoint(folder)
+                mtp = speculation not in ("auto", "off", 0)
+                speculation = speculation if mtp else "off"
+                files = ExpertFiles(checkpoint if mtp else checkpoint.without_mtp(), number)
+                budget = plan(
+                    files,
+                    parse_memory(memory),
+                    place,
+                    packed=packed,
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    max_batched_tokens=max_batched_tokens,
+                    cache_tokens=cache_tokens,
+                    drafts=speculation if isinstance(speculation, int) else 0,
+                )
+                max_batched_tokens = budget.batched_tokens
+                if place.type == "cpu":
+                    cache_tokens = budget.cache_tokens
+                self.experts = ExpertCache(files, budget.slots)
+            model = DeepseekV3.from_pretrained(
+                folder, number, place, progress, mtp=mtp, packed=packed, experts=self.experts
+            )
+        elif memory is not None:
+            raise UserError(
+                f"memory is {memory!r}: that is for checkpoints, not for a model that is in memory already"
+            )
         elif tokenizer is None:
             raise UserError("tokenizer is None: a model that is not a checkpoint folder needs one given")
         self.model = model
@@ -322,7 +356,7 @@ def read_generation_config(folder: Path) -> SamplingParams:
     Like vLLM, we take the numbers and leave `do_sample` aside. Raises CheckpointError if the file is broken.
     """
     path = folder / "generation_config.json"
-    values = read_optional_json(path, CheckpointError)
+    values = generation_config(folder)
     found = {name: values.get(key) for name, key in _GENERATION_KEYS.items()}
     try:
         return SamplingParams(**{name: value for name, value in found.items() if value is not None})

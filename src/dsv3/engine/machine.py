@@ -9,6 +9,7 @@ from dsv3.checkpoint.memory import cache_tokens, free_memory
 from dsv3.checkpoint.reader import float_dtype
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
+from dsv3.kernels.native import library
 
 SMALL = 64_000_000
 """Bytes of weights up to which one thread is enough: they stay in cache. nano has 27 million."""
@@ -32,13 +33,19 @@ def choose_device(name: str | torch.device) -> torch.device:
 
 
 def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the hardware multiplies it, which halves memory and time, else float32."""
+    """ "auto" is bfloat16 where the hardware or our own kernels multiply it, which halves memory and time, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or cpu_has_bf16() else torch.float32
+        fast = device.type == "cuda" or cpu_has_bf16() or library() is not None
+        return torch.bfloat16 if fast else torch.float32
     dtype = float_dtype(name)
     if dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"dtype is {name!r}: it must be auto, bfloat16 (bf16) or float32 (fp32)")
     return dtype
+
+
+def computes_packed(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels that multiply by packed weights as they are; elsewhere these are dequantised when loaded."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and library() is not None
 
 
 def suggested_threads(model: nn.Module) -> int:
@@ -47,7 +54,7 @@ def suggested_threads(model: nn.Module) -> int:
     A step of a small model is over before a second thread has woken, and where another program keeps a core busy,
     two threads that wait for each other are up to a hundred times slower than one.
     """
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return 1 if size <= SMALL else torch.get_num_threads()
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsv3.kernels import triton
 from dsv3.kernels.native import View, call, pointer, trains, usable
 
 _GATHERED = 2**28  # numbers that are copied from blocks at once: half a gigabyte in bf16
@@ -177,6 +178,11 @@ def paged_latent_attention(
         where = tables.contiguous(), owners, positions
         call("paged_attention", q.contiguous(), cache, *where, out, *sizes, scale)
         return out
+    if triton.usable(q, cache) and not torch.is_grad_enabled():
+        from dsv3.kernels.triton import attention as on_gpu
+
+        if on_gpu.fits(q, cache):
+            return on_gpu.paged_latent_attention(q, cache, tables, owners, positions, rank, scale)
     per_token = tables.shape[1] * cache.shape[1] * cache.shape[2]
     if (
         len(q) > 1 and len(q) * per_token > _GATHERED

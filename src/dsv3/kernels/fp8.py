@@ -15,7 +15,8 @@ the sums, which float32 rounds (128 products span up to 43 bits), and the scalin
 `_by_slices` is the formula above and defines the numbers. `_dequantized` scales the operands instead, then
 multiplies once: it differs from the formula by float32's rounding alone, a few parts in 10^7 of the sum of
 the terms' sizes, and is what runs wherever there is no FP8 hardware. On Hopper `_deep_gemm` (where installed)
-or `_scaled_mm` (torch, with CUDA 12.9 or later) do the formula on FP8 tensor cores.
+or `_scaled_mm` (torch, with CUDA 12.9 or later) do the formula on FP8 tensor cores, on other GPUs that have them (and
+on Hopper with an older CUDA) `dsv3.kernels.triton.matmul`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dsv3.kernels import triton
 
 TILE = 128
 
@@ -46,6 +49,10 @@ def fp8_matmul(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: to
 def _fp8_matmul(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     """One operator for torch, whatever is behind it: what selective checkpoints keep and compilers see."""
     if not (a.is_cuda and a.numel() and b.numel() and _is_hopper(a.device)):
+        if triton.usable_fp8(a, b):
+            from dsv3.kernels.triton import matmul
+
+            return matmul.fp8_matmul(a, scale_a, b, scale_b, dtype)
         return _dequantized(a, scale_a, b, scale_b, dtype)
     # DeepGEMM does tiles by tiles into float32, which is Wgrad, and tiles by blocks into bfloat16, the rest.
     for_weights = scale_b.shape[0] == b.shape[0]

@@ -1,162 +1,20 @@
-// A block of the network for new tokens against their cache, on CPUs that multiply bfloat16 (AVX512-BF16); called
-// through ctypes by inference.py.
+// A block of the network for new tokens against their cache, on x86; called through ctypes by inference.py.
 //
-// Everything rests on two products, both straight from torch's row-major matrices:
-//   dot_panel   x . row for 16 rows at a time, which are transposed in registers as they come: the shuffles run on a
-//               port that the multiplications leave free, so this costs nothing from about 4 rows of x on;
-//   mix         a weighted sum of rows, neighbouring rows interleaved in registers.
-// Each number of a result is added up in one order, pair of terms after pair of terms, which depends neither on the
-// other rows of x nor on their number or the number of threads. So what is computed for a token is the same bits
-// whatever else is in the batch, however its prompt was cut, and on any number of threads.
+// Everything rests on two products:
+//   Panels      x . row for 16 or 32 rows of a matrix at a time, in whatever format it lies (products.h);
+//   mix         a weighted sum of rows of bf16, neighbouring rows interleaved in registers.
+// Each number of a result is added up in one order, which depends neither on the other rows of x nor on their number
+// or the number of threads. So what is computed for a token is the same bits whatever else is in the batch, however
+// its prompt was cut, and on any number of threads.
 
 #include <omp.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <vector>
+#include "products.h"
 
-#include "vectors.h"
-
+namespace dsv3 {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // cached tokens to a block
-constexpr int64_t PAIR_ROW = 2 * LANES;
-
-// sum += w * the two numbers at `pair`, which every lane gets. Broadcasting them within the multiplication would be one
-// instruction less, and half as fast (Zen 4).
-inline void add_products(__m512& sum, __m512i w, const bf16* pair) {
-    int bits;
-    std::memcpy(&bits, pair, sizeof bits);
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(bits));
-}
-
-// Rows so many bytes apart, of which 16 can be reached from four registers and a step.
-struct Rows {
-    const char *p0, *p4, *p8, *p12;
-    int64_t step, step3;
-
-    Rows(const bf16* first, int64_t stride)
-        : p0((const char*)first), p4(p0 + 8 * stride), p8(p0 + 16 * stride), p12(p0 + 24 * stride), step(2 * stride),
-          step3(6 * stride) {}
-    inline const bf16* operator[](int i) const {
-        const char* four = i < 4 ? p0 : i < 8 ? p4 : i < 12 ? p8 : p12;
-        const int64_t on = i % 4 == 0 ? 0 : i % 4 == 1 ? step : i % 4 == 2 ? 2 * step : step3;
-        return (const bf16*)(four + on);
-    }
-    // On to the next columns. The compiler would rather keep an address for each row, and then run out of registers.
-    inline void advance(int64_t columns) {
-        for (const char** p : {&p0, &p4, &p8, &p12}) *p += columns * int64_t(sizeof(bf16));
-        asm("" : "+r"(p0), "+r"(p4), "+r"(p8), "+r"(p12));
-    }
-};
-
-// 16 numbers of each of two rows.
-inline __m512i load_two(const bf16* a, const bf16* b) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)),
-                              _mm256_loadu_si256((const __m256i*)b), 1);
-}
-
-// Sums of x . w for ROWS rows of x and 16 rows of w, w_stride apart: out[r * out_stride + row]. `in` is a multiple of
-// 16. Rows of w that lie `ahead` numbers further on are fetched into the cache.
-template <int ROWS>
-inline void dot_tile(const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, int64_t in, float* out,
-                     int64_t out_stride, int64_t ahead) {
-    __m512 sum[ROWS], other[ROWS];  // two, for a multiplication waits for the one before it in the same sum
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) sum[r] = other[r] = _mm512_setzero_ps();
-    Rows left(x, x_stride), right(w, w_stride);
-    for (int64_t k = 0; k < in; k += LANES) {
-        // Of rows 0-3 and 4-7 (then 8-11 and 12-15), in lanes 0 and 2: pair j; in lanes 1 and 3: pair 4 + j.
-        __m512i quads[2][4];
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            const int at = 8 * i;
-            const __m512i a = load_two(right[at], right[at + 4]), b = load_two(right[at + 1], right[at + 5]);
-            const __m512i c = load_two(right[at + 2], right[at + 6]), d = load_two(right[at + 3], right[at + 7]);
-            const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
-            const __m512i ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
-            quads[i][0] = _mm512_unpacklo_epi64(ab, cd);
-            quads[i][1] = _mm512_unpackhi_epi64(ab, cd);
-            quads[i][2] = _mm512_unpacklo_epi64(ab2, cd2);
-            quads[i][3] = _mm512_unpackhi_epi64(ab2, cd2);
-        }
-        if (ahead && k % PAIR_ROW == 0)
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) _mm_prefetch((const char*)(right[i] + ahead), _MM_HINT_T1);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            const __m512i low = _mm512_shuffle_i32x4(quads[0][j], quads[1][j], 0x88);
-            const __m512i high = _mm512_shuffle_i32x4(quads[0][j], quads[1][j], 0xdd);
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) add_products(sum[r], low, left[r] + 2 * j);
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) add_products(other[r], high, left[r] + 8 + 2 * j);
-        }
-        left.advance(LANES);
-        right.advance(LANES);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) _mm512_storeu_ps(out + r * out_stride, _mm512_add_ps(sum[r], other[r]));
-}
-
-constexpr int64_t PASS = 8;  // rows of x that `dot` keeps sums for at once
-
-// The same for up to PASS rows of x.
-[[gnu::noinline]] void dot(const bf16* x, int64_t x_stride, int64_t rows, const bf16* w, int64_t w_stride, int64_t in,
-                           float* out, int64_t out_stride, int64_t ahead) {
-    switch (rows) {
-        case 1: return dot_tile<1>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-        case 2: return dot_tile<2>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-        case 3: return dot_tile<3>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-        case 4: return dot_tile<4>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-        case 5: return dot_tile<5>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-        case 6: return dot_tile<6>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-        case 7: return dot_tile<7>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-        default: return dot_tile<8>(x, x_stride, w, w_stride, in, out, out_stride, ahead);
-    }
-}
-
-// Calls use(first, count) for pieces of at most `most` of `rows` rows, of about equal size.
-template <class Use>
-inline void in_passes(int64_t rows, int64_t most, Use use) {
-    const int64_t passes = (rows + most - 1) / most;
-    for (int64_t p = 0; p < passes; p++) {
-        const int64_t first = rows * p / passes;
-        use(first, rows * (p + 1) / passes - first);
-    }
-}
-
-// A matrix [out, in] as torch holds it. It is worked through in panels of 16 rows, which threads share out.
-struct Matrix {
-    const bf16* data;
-    int64_t out, in;
-
-    int64_t panels() const { return out / LANES; }
-
-    // x @ the panel's rows, transposed: finish(row, sums) gets each row's 16 sums.
-    template <class Finish>
-    void multiply(const bf16* x, int64_t x_stride, int64_t rows, int64_t panel, Finish finish) const {
-        in_passes(rows, PASS, [&](int64_t first, int64_t count) {
-            alignas(64) float sums[PASS * LANES];
-            dot(x + first * x_stride, x_stride, count, data + panel * LANES * in, in, in, sums, LANES,
-                first ? 0 : LANES * in);
-            for (int64_t r = 0; r < count; r++) finish(first + r, _mm512_load_ps(sums + r * LANES));
-        });
-    }
-
-    // out [rows, this->out] = x @ the matrix transposed (+ bias), one panel of it.
-    void multiply_into(bf16* to, const bf16* x, int64_t x_stride, int64_t rows, int64_t panel,
-                       const bf16* bias = nullptr) const {
-        multiply(x, x_stride, rows, panel, [&](int64_t row, __m512 sum) {
-            if (bias) sum = _mm512_add_ps(sum, load(bias + panel * LANES));
-            store(to + row * out + panel * LANES, sum);
-        });
-    }
-};
-
 // Columns 0 .. 15 and 16 .. 31 out of the order in which unpacking two rows leaves them.
 inline __m512 straight(__m512 low, __m512 high, int half) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -243,35 +101,6 @@ constexpr int64_t MIXED = 6;  // rows that `mix` keeps sums for at once
 #undef MIX
     }
 }
-
-// Memory that a thread keeps from call to call, so that no page is touched for the first time every time.
-class Scratch {
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    std::unique_ptr<void, Free> data;
-    size_t size = 0, used = 0;
-
-public:
-    // All that will be taken, in bytes; each part is rounded up to whole cache lines.
-    void reserve(size_t bytes) {
-        used = 0;
-        if (bytes <= size) return;
-        data.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-        size = data ? bytes : 0;
-        if (!data) throw std::bad_alloc();
-    }
-    template <class T>
-    static size_t bytes(int64_t count) {
-        return (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    }
-    template <class T>
-    T* take(int64_t count) {
-        T* at = reinterpret_cast<T*>(static_cast<char*>(data.get()) + used);
-        used += bytes<T>(count);
-        return at;
-    }
-};
 
 // Attention --------------------------------------------------------------------------------------------------------
 
@@ -364,8 +193,8 @@ struct PagedAttention {
                     const bool fetch = r == 0 && soon != keys;
                     r += from * width;
                     for (int64_t g = 0; g < seen; g += LANES)
-                        dot(queries + r * dim, dim, n, keys + g * dim, dim, dim, scores + r * BLOCK + g, BLOCK,
-                            fetch && g < BLOCK / 2 ? soon - keys : 0);
+                        dot(queries + r * dim, dim, n, keys + g * dim, dim, dim, nullptr, scores + r * BLOCK + g,
+                            BLOCK, fetch && g < BLOCK / 2 ? soon - keys : 0);
                 });
                 int64_t sees[TASK_ROWS];
                 for (int64_t r = from * width; r < to * width; r++) sees[r] = visible(mine[r / width], b);
@@ -446,19 +275,53 @@ extern "C" {
 
 // One layer: sizes, matrices [out, in] and vectors, as the checkpoint names them. What a layer lacks is null, or 0.
 struct Layer {
-    const bf16 *input_norm, *q_a, *q_a_bias, *q_a_norm, *q_b, *kv_a, *kv_a_bias, *kv_norm, *kv_b, *o, *o_bias;
-    const bf16 *post_norm, *gate_up, *down;  // the latter of the shared experts, or of the dense feed-forward
-    const bf16* gate;                        // null in a dense layer, as all about routing that follows
+    Matrix q_a, q_b, kv_a, o;
+    Matrix gate_up, down;   // of the shared experts, or of the dense feed-forward
+    const Matrix* routed;   // [experts, 2]: each expert's gate_up and down; null in a dense layer
+    const bf16 *input_norm, *q_a_bias, *q_a_norm, *kv_a_bias, *kv_norm, *kv_b, *o_bias, *post_norm;
+    const bf16* gate;
     const float* gate_bias;
-    const bf16 *experts_gate_up, *experts_down;
     int64_t hidden, heads, nope, rotary, v_dim, rank, q_rank;
     int64_t width, experts, expert_width, chosen, sigmoid, groups, topk_group, two_best, normalize;
+    int64_t form;  // in which the matrices that are not bf16 want x (products.h); 0 if all are
     float eps, latent_eps, scale, factor;
 };
 
 }
 
 namespace {
+
+// What follows is called by all threads of a team together: the loop ends when all of it is done.
+
+// use(panel, count) for all panels of a matrix, one or two at a time.
+template <class Use>
+inline void by_panels(const Matrix& m, int64_t rows, Use use) {
+    const int64_t step = rows > PASS ? 2 : 1;
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t p = 0; p < panels(m); p += step) use(p, std::min(step, panels(m) - p));
+}
+
+// `count` panels from `panel` on with rows of x: finish(row, column, sums) gets 16 columns at a time.
+template <class Finish>
+inline void multiply(const Matrix& m, int64_t panel, int64_t count, const Input& x, int64_t rows, Finish finish) {
+    auto each = [&](int64_t row, const float* sums) {
+        for (int64_t i = 0; i < count; i++) finish(row, (panel + i) * LANES, _mm512_loadu_ps(sums + i * LANES));
+    };
+    if (count == 2)
+        Panels(m, panel, panel + 1).multiply(x, rows, each);
+    else
+        Panels(m, panel).multiply(x, rows, each);
+}
+
+// out [rows, m.out] = x @ the matrix transposed (+ bias).
+inline void multiply_into(bf16* out, const Matrix& m, const Input& x, int64_t rows, const bf16* bias = nullptr) {
+    by_panels(m, rows, [&](int64_t p, int64_t count) {
+        multiply(m, p, count, x, rows, [&](int64_t row, int64_t column, __m512 sum) {
+            if (bias) sum = _mm512_add_ps(sum, load(bias + column));
+            store(out + row * m.out + column, sum);
+        });
+    });
+}
 
 // The attention half of a layer: x [tokens, hidden] gets attention's output added, the cache the tokens' latents.
 class AttentionHalf {
@@ -467,17 +330,28 @@ class AttentionHalf {
     const Batch& batch;
     bf16 *const x, *const cache;
     const int64_t dim = l.rank + l.rotary, qk = l.nope + l.rotary;
-    const Matrix q_a{l.q_a, l.q_rank, l.hidden}, kv_a{l.kv_a, dim, l.hidden};
-    const Matrix q_b{l.q_b, l.heads * qk, l.q_rank ? l.q_rank : l.hidden}, o{l.o, l.hidden, l.heads * l.v_dim};
     bf16 *normed, *low, *latents, *queries, *absorbed, *mixed, *values;
+    Input normed_in, low_in, values_in;
+
+    static int64_t form(std::initializer_list<const Matrix*> matrices) {
+        int64_t found = AS_IT_IS;
+        for (const Matrix* m : matrices) found = std::max(found, form_for(*m));
+        return found;
+    }
 
 public:
-    AttentionHalf(const Layer& l, const Batch& batch, bf16* x, bf16* cache) : l(l), batch(batch), x(x), cache(cache) {
+    AttentionHalf(const Layer& l, const Batch& batch, bf16* x, bf16* cache)
+        : l(l), batch(batch), x(x), cache(cache), normed_in(nullptr, 0, 0), low_in(nullptr, 0, 0),
+          values_in(nullptr, 0, 0) {
         thread_local Scratch scratch;
         const int64_t n = batch.tokens, piece = std::min(n, PIECE), heads = piece * l.heads;
+        const int64_t of_x = form({&l.kv_a, l.q_rank ? &l.q_a : &l.q_b}), of_low = l.q_rank ? form({&l.q_b}) : 0;
+        const int64_t of_values = form({&l.o}), v = l.heads * l.v_dim;
         const auto bytes = Scratch::bytes<bf16>;
         scratch.reserve(bytes(n * l.hidden) + bytes(piece * l.q_rank) + bytes(n * dim) + bytes(heads * qk) +
-                        bytes(heads * dim) + bytes(heads * l.rank) + bytes(heads * l.v_dim));
+                        bytes(heads * dim) + bytes(heads * l.rank) + bytes(heads * l.v_dim) +
+                        Input::bytes(n, l.hidden, of_x) + Input::bytes(piece, l.q_rank, of_low) +
+                        Input::bytes(piece, v, of_values));
         normed = scratch.take<bf16>(n * l.hidden);
         low = scratch.take<bf16>(piece * l.q_rank);
         latents = scratch.take<bf16>(n * dim);
@@ -485,11 +359,14 @@ public:
         absorbed = scratch.take<bf16>(heads * dim);
         mixed = scratch.take<bf16>(heads * l.rank);
         values = scratch.take<bf16>(heads * l.v_dim);
+        normed_in = Input(normed, l.hidden, n, l.hidden, of_x, scratch);
+        low_in = Input(low, l.q_rank, piece, l.q_rank, of_low, scratch);
+        values_in = Input(values, v, piece, v, of_values, scratch);
     }
 
     void run() {
         const int64_t n = batch.tokens;
-        int64_t products = n * (l.q_rank * l.hidden + l.hidden * dim + q_b.out * q_b.in + o.out * o.in +
+        int64_t products = n * (l.q_rank * l.hidden + l.hidden * dim + l.q_b.out * l.q_b.in + l.o.out * l.o.in +
                                 l.heads * l.rank * (l.nope + l.v_dim));
         for (int64_t t = 0; t < n; t++) products += (batch.positions[t] + 1) * l.heads * (dim + l.rank);
         std::vector<PagedAttention> attentions;
@@ -509,10 +386,11 @@ private:
     void latents_into_cache() {
         const int64_t n = batch.tokens;
 #pragma omp for
-        for (int64_t t = 0; t < n; t++)
+        for (int64_t t = 0; t < n; t++) {
             normalize(x + t * l.hidden, l.input_norm, normed + t * l.hidden, l.hidden, l.eps);
-#pragma omp for
-        for (int64_t p = 0; p < kv_a.panels(); p++) kv_a.multiply_into(latents, normed, l.hidden, n, p, l.kv_a_bias);
+            normed_in.prepare(t);
+        }
+        multiply_into(latents, l.kv_a, normed_in, n, l.kv_a_bias);
 #pragma omp for
         for (int64_t t = 0; t < n; t++) {
             bf16* to = cache + batch.slots[t] * dim;
@@ -528,39 +406,43 @@ private:
 
     void piece(const PagedAttention& attention) {
         const int64_t n = attention.tokens, first = attention.first;
-        const bf16* in = normed + first * l.hidden;
+        Input in = normed_in.from(first);
         if (l.q_rank) {
+            multiply_into(low, l.q_a, in, n, l.q_a_bias);
 #pragma omp for
-            for (int64_t p = 0; p < q_a.panels(); p++) q_a.multiply_into(low, in, l.hidden, n, p, l.q_a_bias);
-#pragma omp for
-            for (int64_t t = 0; t < n; t++)
+            for (int64_t t = 0; t < n; t++) {
                 normalize(low + t * l.q_rank, l.q_a_norm, low + t * l.q_rank, l.q_rank, l.latent_eps);
-            in = low;
+                low_in.prepare(t);
+            }
+            in = low_in;
         }
-#pragma omp for
-        for (int64_t p = 0; p < q_b.panels(); p++) q_b.multiply_into(queries, in, q_b.in, n, p);
+        multiply_into(queries, l.q_b, in, n);
         // (W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query ...
 #pragma omp for
         for (int64_t h = 0; h < l.heads; h++) absorb(h, n, first);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < attention.tasks(); task++) attention.run(task);
         // ... and the value's expansion to the weighted sum of latents.
-        const int64_t panels = l.v_dim / LANES;
+        const int64_t of_head = l.v_dim / LANES;
 #pragma omp for
-        for (int64_t i = 0; i < l.heads * panels; i++) {
-            const int64_t h = i / panels, p = i % panels;
-            const Matrix expand{l.kv_b + (h * (l.nope + l.v_dim) + l.nope) * l.rank, l.v_dim, l.rank};
-            expand.multiply(mixed + h * l.rank, l.heads * l.rank, n, p, [&](int64_t t, __m512 sum) {
-                store(values + (t * l.heads + h) * l.v_dim + p * LANES, sum);
+        for (int64_t i = 0; i < l.heads * of_head; i++) {
+            const int64_t h = i / of_head, p = i % of_head;
+            const bf16* expand = l.kv_b + (h * (l.nope + l.v_dim) + l.nope) * l.rank;
+            const Matrix matrix{expand, nullptr, nullptr, BF16, l.v_dim, l.rank, 0};
+            Panels(matrix, p).multiply(Input(mixed + h * l.rank, l.heads * l.rank, l.rank), n, [&](int64_t t, const float* sum) {
+                store(values + (t * l.heads + h) * l.v_dim + p * LANES, _mm512_loadu_ps(sum));
             });
         }
+        if (values_in.form)
 #pragma omp for
-        for (int64_t p = 0; p < o.panels(); p++)
-            o.multiply(values, o.in, n, p, [&](int64_t t, __m512 sum) {
-                if (l.o_bias) sum = _mm512_add_ps(sum, load(l.o_bias + p * LANES));
-                bf16* to = x + (first + t) * l.hidden + p * LANES;
+            for (int64_t t = 0; t < n; t++) values_in.prepare(t);
+        by_panels(l.o, n, [&](int64_t p, int64_t count) {
+            multiply(l.o, p, count, values_in, n, [&](int64_t t, int64_t column, __m512 sum) {
+                if (l.o_bias) sum = _mm512_add_ps(sum, load(l.o_bias + column));
+                bf16* to = x + (first + t) * l.hidden + column;
                 store(to, _mm512_add_ps(load(to), sum));
             });
+        });
     }
 
     void absorb(int64_t h, int64_t n, int64_t first) {
@@ -585,75 +467,129 @@ private:
 
 inline int64_t best(const std::vector<float>& x) { return std::max_element(x.begin(), x.end()) - x.begin(); }
 
+// Where not all experts are in memory at once: what `route` decided for some tokens, and which experts have their turn.
+// What these and those before have come to is in `sums`; the last wave, up to l.experts, has the shared ones too.
+struct Wave {
+    int32_t* chosen;  // [tokens, l.chosen]
+    float* weights;   // of the same shape
+    float* sums;      // [tokens, l.hidden]
+    int64_t first, last;
+
+    bool has(int32_t expert) const { return first <= expert && expert < last; }
+};
+
 // The other half: x [tokens, hidden] gets the shared and the chosen experts' outputs added, or the dense layer's.
 class FeedForwardHalf {
     // A feed-forward and the rows that go through it: whose they are and what they weigh, or all tokens with weight 1.
     struct Part {
-        Matrix gate_up, down;
-        const bf16* rows;
+        const Matrix *gate_up, *down;
+        Input rows, inner;
         int64_t count;
         const int32_t* tokens;
         const float* weights;
-        bf16* inner;  // [count, width]
     };
 
     const Layer& l;
     bf16* const x;
     const int64_t n;
+    const Wave* const wave;   // null: all at once
+    const int64_t choices;    // of experts that have their turn
+    const bool shares;        // whether the shared ones have
     std::vector<Part> parts;
-    int64_t panels = 0;  // of all parts, of what lies inside them
-    bf16 *normed, *gathered, *inner;
+    int64_t inner_panels = 0;  // of all parts, of what lies inside them
+    bf16 *normed, *gathered, *inner, *shared_inner;
     float *scores, *weights, *sorted_weights;
     int32_t *chosen, *sorted_tokens;
+    Input normed_in, gathered_in, inner_in, shared_in;
 
 public:
-    FeedForwardHalf(const Layer& l, bf16* x, int64_t n) : l(l), x(x), n(n) {
+    FeedForwardHalf(const Layer& l, bf16* x, int64_t n, const Wave* wave = nullptr)
+        : l(l), x(x), n(n), wave(wave), choices(wave ? count(*wave, n * l.chosen) : n * l.chosen),
+          shares(l.width && (!wave || wave->last == l.experts)), normed_in(nullptr, 0, 0), gathered_in(nullptr, 0, 0),
+          inner_in(nullptr, 0, 0), shared_in(nullptr, 0, 0) {
         thread_local Scratch scratch;
-        const int64_t choices = n * l.chosen;
         const auto bytes = Scratch::bytes<bf16>;
         const auto words = Scratch::bytes<float>;
-        scratch.reserve(bytes(n * l.hidden) + bytes(choices * l.hidden) +
-                        bytes(choices * l.expert_width + n * l.width) + words(n * l.experts) + 4 * words(choices));
+        scratch.reserve(bytes(n * l.hidden) + bytes(choices * l.hidden) + bytes(choices * l.expert_width) +
+                        bytes(n * l.width) + words(n * l.experts) + 2 * words(choices) +
+                        2 * words(wave ? 0 : choices) +
+                        Input::bytes(n, l.hidden, l.form) + Input::bytes(choices, l.hidden, l.form) +
+                        Input::bytes(choices, l.expert_width, l.form) + Input::bytes(n, l.width, l.form));
         normed = scratch.take<bf16>(n * l.hidden);
         gathered = scratch.take<bf16>(choices * l.hidden);
-        inner = scratch.take<bf16>(choices * l.expert_width + n * l.width);
+        inner = scratch.take<bf16>(choices * l.expert_width);
+        shared_inner = scratch.take<bf16>(n * l.width);
         scores = scratch.take<float>(n * l.experts);
-        weights = scratch.take<float>(choices);
+        weights = wave ? wave->weights : scratch.take<float>(choices);
         sorted_weights = scratch.take<float>(choices);
-        chosen = scratch.take<int32_t>(choices);
+        chosen = wave ? wave->chosen : scratch.take<int32_t>(choices);
         sorted_tokens = scratch.take<int32_t>(choices);
+        normed_in = Input(normed, l.hidden, n, l.hidden, l.form, scratch);
+        gathered_in = Input(gathered, l.hidden, choices, l.hidden, l.form, scratch);
+        inner_in = Input(inner, l.expert_width, choices, l.expert_width, l.form, scratch);
+        shared_in = Input(shared_inner, l.width, n, l.width, l.form, scratch);
+    }
+
+    // Nothing but the choice of experts.
+    void route() {
+#pragma omp parallel num_threads(threads_for(n * l.hidden * l.experts))
+        {
+            normalize_all();
+            choose_all();
+        }
     }
 
     void run() {
-        const int64_t products = n * l.hidden * (3 * (l.chosen * l.expert_width + l.width) + l.experts);
+        const int64_t experts = choices * l.expert_width + (shares ? n * l.width : 0);
+        const int64_t products = l.hidden * (3 * experts + (wave ? 0 : n * l.experts));
 #pragma omp parallel num_threads(threads_for(products))
         {
-#pragma omp for
-            for (int64_t t = 0; t < n; t++)
-                normalize(x + t * l.hidden, l.post_norm, normed + t * l.hidden, l.hidden, l.eps);
-            if (l.gate) {
-                const Matrix gate{l.gate, l.experts, l.hidden};
-#pragma omp for
-                for (int64_t p = 0; p < gate.panels(); p++)
-                    gate.multiply(normed, l.hidden, n, p, [&](int64_t t, __m512 sum) {
-                        _mm512_storeu_ps(scores + t * l.experts + p * LANES, sum);
-                    });
-#pragma omp for
-                for (int64_t t = 0; t < n; t++) choose(t);
-            }
+            normalize_all();
+            if (l.gate && !wave) choose_all();
 #pragma omp single
             share_out();
 #pragma omp for
-            for (int64_t c = 0; c < n * l.chosen; c++)
-                std::memcpy(gathered + c * l.hidden, normed + sorted_tokens[c] * l.hidden, l.hidden * sizeof(bf16));
+            for (int64_t c = 0; c < choices; c++) gathered_in.copy_row(c, normed_in, sorted_tokens[c]);
 #pragma omp for schedule(dynamic, 4)
-            for (int64_t panel = 0; panel < panels; panel++) go_in(panel);
+            for (int64_t panel = 0; panel < inner_panels; panel++) go_in(panel);
+            if (l.form) {
 #pragma omp for
-            for (int64_t panel = 0; panel < l.hidden / LANES; panel++) come_out(panel);
+                for (int64_t c = 0; c < choices; c++) inner_in.prepare(c);
+#pragma omp for
+                for (int64_t t = 0; t < (shares ? n : 0); t++) shared_in.prepare(t);
+            }
+            const int64_t step = n > PASS ? 2 : 1;
+#pragma omp for schedule(dynamic, 4)
+            for (int64_t panel = 0; panel < l.hidden / LANES; panel += step)
+                come_out(panel, std::min(step, l.hidden / LANES - panel));
         }
     }
 
 private:
+    static int64_t count(const Wave& wave, int64_t choices) {
+        return std::count_if(wave.chosen, wave.chosen + choices, [&](int32_t e) { return wave.has(e); });
+    }
+
+    // Both are done by all threads together.
+    void normalize_all() {
+#pragma omp for
+        for (int64_t t = 0; t < n; t++) {
+            normalize(x + t * l.hidden, l.post_norm, normed + t * l.hidden, l.hidden, l.eps);
+            normed_in.prepare(t);
+        }
+    }
+
+    void choose_all() {
+        const Matrix gate{l.gate, nullptr, nullptr, BF16, l.experts, l.hidden, 0};
+        by_panels(gate, n, [&](int64_t p, int64_t count) {
+            multiply(gate, p, count, normed_in, n, [&](int64_t t, int64_t column, __m512 sum) {
+                _mm512_storeu_ps(scores + t * l.experts + column, sum);
+            });
+        });
+#pragma omp for
+        for (int64_t t = 0; t < n; t++) choose(t);
+    }
+
     // The token's experts and their weights, as `Gate` in model/moe.py has them; of equal ones the first. What is not
     // a number is chosen first, so that it is seen.
     void choose(int64_t t) {
@@ -719,59 +655,63 @@ private:
     // Sorts the choices by expert, and makes a part of each expert that was chosen; the shared ones come last.
     void share_out() {
         std::vector<int64_t> ends(l.experts + 1);
-        for (int64_t c = 0; c < n * l.chosen; c++) ends[chosen[c] + 1]++;
+        const auto waits = [&](int64_t c) { return wave && !wave->has(chosen[c]); };
+        for (int64_t c = 0; c < n * l.chosen; c++)
+            if (!waits(c)) ends[chosen[c] + 1]++;
         for (int64_t e = 0, before = 0; e < l.experts; e++) {
             const int64_t count = ends[e + 1];
             if (count)
-                parts.push_back({{l.experts_gate_up + e * 2 * l.expert_width * l.hidden, 2 * l.expert_width, l.hidden},
-                                 {l.experts_down + e * l.hidden * l.expert_width, l.hidden, l.expert_width},
-                                 gathered + before * l.hidden, count, sorted_tokens + before, sorted_weights + before,
-                                 inner + before * l.expert_width});
+                parts.push_back({l.routed + 2 * e, l.routed + 2 * e + 1, gathered_in.from(before), inner_in.from(before),
+                                 count, sorted_tokens + before, sorted_weights + before});
             ends[e + 1] = before += count;
         }
         for (int64_t c = 0; c < n * l.chosen; c++) {
+            if (waits(c)) continue;
             const int64_t place = ends[chosen[c]]++;
             sorted_tokens[place] = int32_t(c / l.chosen);
             sorted_weights[place] = weights[c];
         }
-        if (l.width)
-            parts.push_back({{l.gate_up, 2 * l.width, l.hidden}, {l.down, l.hidden, l.width}, normed, n, nullptr,
-                             nullptr, inner + n * l.chosen * l.expert_width});
-        for (const Part& part : parts) panels += part.down.in / LANES;
+        if (shares) parts.push_back({&l.gate_up, &l.down, normed_in, shared_in, n, nullptr, nullptr});
+        for (const Part& part : parts) inner_panels += part.down->in / LANES;
     }
 
     // SiLU(gate) * up of 16 of the inner columns.
     void go_in(int64_t panel) {
         const Part* part = &parts[0];
-        for (; panel >= part->down.in / LANES; part++) panel -= part->down.in / LANES;
-        const int64_t width = part->down.in, hidden = l.hidden;
-        in_passes(part->count, PASS, [&](int64_t first, int64_t count) {
-            alignas(64) float gate[PASS * LANES], up[PASS * LANES];
-            const bf16 *in = part->rows + first * hidden, *w = part->gate_up.data + panel * LANES * hidden;
-            const int64_t ahead = first ? 0 : LANES * hidden;
-            dot(in, hidden, count, w, hidden, hidden, gate, LANES, ahead);
-            dot(in, hidden, count, w + width * hidden, hidden, hidden, up, LANES, ahead);
-            for (int64_t r = 0; r < count; r++) {
-                const __m512 g = _mm512_load_ps(gate + r * LANES);
-                store(part->inner + (first + r) * width + panel * LANES,
-                      _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), _mm512_load_ps(up + r * LANES)));
-            }
+        for (; panel >= part->down->in / LANES; part++) panel -= part->down->in / LANES;
+        const int64_t width = part->down->in;
+        bf16* to = const_cast<bf16*>(part->inner.x) + panel * LANES;
+        Panels(*part->gate_up, panel, panel + width / LANES).multiply(part->rows, part->count, [&](int64_t row, const float* sums) {
+            const __m512 gate = _mm512_loadu_ps(sums), up = _mm512_loadu_ps(sums + LANES);
+            store(to + row * width, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up));
         });
     }
 
-    // 16 columns of the result: every token's parts in the order of the experts, then what it was before.
-    void come_out(int64_t panel) {
+    // 16 or 32 columns of the result: every token's parts in the order of the experts, then what it was before.
+    void come_out(int64_t panel, int64_t count) {
         thread_local std::vector<float> sums;
-        sums.assign(n * LANES, 0.0f);
+        const int64_t columns = count * LANES;
+        sums.assign(n * columns, 0.0f);
+        if (wave && wave->first) move_sums(&sums[0], panel * LANES, columns, false);
         for (const Part& part : parts)
-            part.down.multiply(part.inner, part.down.in, part.count, panel, [&](int64_t row, __m512 sum) {
-                float* to = &sums[(part.tokens ? part.tokens[row] : row) * LANES];
+            multiply(*part.down, panel, count, part.inner, part.count, [&](int64_t row, int64_t column, __m512 sum) {
+                float* to = &sums[(part.tokens ? part.tokens[row] : row) * columns + column - panel * LANES];
                 const __m512 weight = _mm512_set1_ps(part.weights ? part.weights[row] : 1.0f);
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, weight, _mm512_loadu_ps(to)));
             });
+        if (wave && wave->last < l.experts) return move_sums(&sums[0], panel * LANES, columns, true);
+        for (int64_t t = 0; t < n; t++)
+            for (int64_t j = 0; j < columns; j += LANES) {
+                bf16* to = x + t * l.hidden + panel * LANES + j;
+                store(to, _mm512_add_ps(load(to), _mm512_loadu_ps(&sums[t * columns + j])));
+            }
+    }
+
+    // Columns of what the waves have come to, from the wave or back to it.
+    void move_sums(float* sums, int64_t column, int64_t columns, bool back) const {
         for (int64_t t = 0; t < n; t++) {
-            bf16* to = x + t * l.hidden + panel * LANES;
-            store(to, _mm512_add_ps(load(to), _mm512_loadu_ps(&sums[t * LANES])));
+            float *here = sums + t * columns, *there = wave->sums + t * l.hidden + column;
+            std::memcpy(back ? there : here, back ? here : there, columns * sizeof(float));
         }
     }
 };
@@ -793,20 +733,52 @@ void paged_attention(const bf16* q, const bf16* cache, const int32_t* tables, co
     for (int64_t task = 0; task < attention.tasks(); task++) attention.run(task);
 }
 
-// out [rows, out_dim] = x [rows, in] @ weight.T (+ bias), x's rows `stride` apart.
-void linear(const bf16* x, int64_t stride, const bf16* weight, const bf16* bias, bf16* out, int64_t rows, int64_t in,
-            int64_t out_dim) {
-    const Matrix matrix{weight, out_dim, in};
-#pragma omp parallel for num_threads(threads_for(rows * in * out_dim))
-    for (int64_t panel = 0; panel < matrix.panels(); panel++)
-        matrix.multiply_into(out, x, stride, rows, panel, bias);
+// out [rows, m.out] = x [rows, m.in] @ m.T (+ bias), x's rows `stride` apart.
+void linear(const bf16* x, int64_t stride, const Matrix* m, const bf16* bias, bf16* out, int64_t rows) {
+    thread_local Scratch scratch;
+    const int64_t form = form_for(*m);
+    scratch.reserve(Input::bytes(rows, m->in, form));
+    const Input in(x, stride, rows, m->in, form, scratch);
+#pragma omp parallel num_threads(threads_for(rows * m->in * m->out))
+    {
+        if (form)
+#pragma omp for
+            for (int64_t t = 0; t < rows; t++) in.prepare(t);
+        multiply_into(out, *m, in, rows, bias);
+    }
 }
+
+constexpr int64_t PIECE = 1024;  // tokens whose experts' inputs are in memory at once
 
 // The second half of a layer, x [tokens, hidden] in place.
 void feed_forward(const Layer* layer, bf16* x, int64_t tokens) {
-    constexpr int64_t PIECE = 1024;
     for (int64_t first = 0; first < tokens; first += PIECE)
         FeedForwardHalf(*layer, x + first * layer->hidden, std::min(PIECE, tokens - first)).run();
+}
+
+// The experts that x [tokens, hidden] chooses before that half, and what they weigh, both [tokens, chosen].
+void route(const Layer* layer, bf16* x, int64_t tokens, int32_t* chosen, float* weights) {
+    for (int64_t first = 0; first < tokens; first += PIECE) {
+        const int64_t at = first * layer->chosen;
+        const Wave nobody{chosen + at, weights + at, nullptr, layer->experts, layer->experts};
+        FeedForwardHalf(*layer, x + first * layer->hidden, std::min(PIECE, tokens - first), &nobody).route();
+    }
+}
+
+// That half in waves, for choices that `route` made: experts first .. last - 1 have their turn. Waves come in the order
+// of the experts, from 0 on, and the one that ends with the last expert changes x.
+void feed_forward_wave(const Layer* layer, bf16* x, int64_t tokens, int32_t* chosen, float* weights, float* sums,
+                       int64_t first_expert, int64_t last_expert) {
+    for (int64_t first = 0; first < tokens; first += PIECE) {
+        const int64_t at = first * layer->chosen, row = first * layer->hidden;
+        const Wave wave{chosen + at, weights + at, sums + row, first_expert, last_expert};
+        FeedForwardHalf(*layer, x + row, std::min(PIECE, tokens - first), &wave).run();
+    }
+}
+
+// The first half of a layer, x [tokens, hidden] in place.
+void attention_half(const Layer* layer, const Batch* batch, bf16* x, bf16* cache) {
+    AttentionHalf(*layer, *batch, x, cache).run();
 }
 
 // A whole layer, x [tokens, hidden] in place. The cache is the layer's, [blocks, 64, rank + rotary].
@@ -816,3 +788,4 @@ void block_forward(const Layer* layer, const Batch* batch, bf16* x, bf16* cache)
 }
 
 }  // extern "C"
+}  // namespace dsv3

@@ -8,7 +8,8 @@ Four ways to the same numbers, chosen by what is given:
 - one token (decoding): one matrix-vector product per chosen expert, no sorting;
 - a few tokens without gradient (decoding several sequences): the choices are sorted in Python, which is quicker
   than a dozen operations on small tensors;
-- `grouped_mm`, one launch for all experts without reading the counts back to the host (CUDA in bf16);
+- `grouped_mm`, one launch for all experts without reading the counts back to the host (CUDA in bf16), and where
+  weights are FP8 its like in `dsv3.kernels.triton`;
 - a loop over the experts that were chosen (everything else). In bf16 it pads an expert's rows, by an
   eighth at most: on a CPU oneDNN generates code for each new shape, which takes longer than multiplying a few
   hundred rows, and rounding makes shapes recur.
@@ -25,10 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsv3.kernels import inference, triton
 from dsv3.kernels.native import call, trains, usable
+from dsv3.kernels.packed import Packed, Weight
 
-Linear = Callable[[Tensor, Tensor], Tensor]
-Grouped = Callable[[Tensor, Tensor, Tensor], Tensor]
+Linear = Callable[[Tensor, Any], Tensor]
+Grouped = Callable[[Tensor, Any, Tensor], Tensor]
 """Rows [rows, in] sorted by expert, matrices [experts, out, in], and where each expert's rows end [experts] int32."""
 
 _FEW = 64  # tokens up to which `_few_tokens` was at least as fast as `_loop` (32 experts, 4 chosen)
@@ -44,15 +47,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def routed_experts(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, linear: Linear | None = None
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Weight, down: Weight, linear: Linear | None = None
 ) -> Tensor:
     """Sum over each token's chosen experts of weight * down(SiLU(gate x) * up x).
 
     x: [tokens, hidden]; indices: [tokens, chosen] int64; weights: [tokens, chosen]; gate_up:
-    [experts, 2 * width, hidden]; down: [experts, hidden, width]; linear: what multiplies one expert's rows
+    [experts, 2 * width, hidden]; down: [experts, hidden, width], both may be packed; linear: what multiplies one expert's rows
     [rows, in] with a matrix [out, in], by default `F.linear`; its attribute `grouped`, if it has one, does so for all
     experts at once where `grouped_mm` would. Returns [tokens, hidden] in x's dtype.
     """
+    if x.shape[0] and not torch.is_grad_enabled() and triton.takes_fp8(x, gate_up, down):
+        return _grouped(x, indices, weights, gate_up, down, _grouped_fp8)
+    if isinstance(gate_up, Packed) or isinstance(down, Packed):
+        return _loop(x, indices, weights, gate_up, down, inference.linear) if x.shape[0] else x
     if not x.shape[0]:  # nothing to do, but whoever trains finds a gradient, zero, everywhere
         return F.linear(swiglu(F.linear(x, gate_up[0])), down[0]) * weights.sum()
     grouped: Grouped | None = _grouped_mm if linear is None else getattr(linear, "grouped", None)
@@ -89,7 +96,7 @@ def _few_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
 
 
 def _loop(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, linear: Linear = F.linear
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Weight, down: Weight, linear: Linear = F.linear
 ) -> Tensor:
     order, counts = _by_expert(indices, gate_up.shape[0])
     sizes: list[int] = counts.tolist()
@@ -123,16 +130,25 @@ def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
+def _grouped_fp8(rows: Tensor, weights: Packed, ends: Tensor) -> Tensor:
+    from dsv3.kernels.triton import matmul
+
+    return matmul.grouped(rows, weights.codes, ends, weights.scale)
+
+
 def _grouped(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     product: Grouped = _grouped_mm,
 ) -> Tensor:
-    order, counts = _by_expert(indices, gate_up.shape[0])
-    ends = counts.cumsum(0).to(torch.int32)
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    # Not `bincount`, which has the host wait for the largest number.
+    experts = torch.arange(gate_up.shape[0], device=x.device)
+    ends = torch.searchsorted(flat[order], experts, right=True, out_int32=True)
     rows = x[order // indices.shape[1]]
     out = product(swiglu(product(rows, gate_up, ends)), down, ends)
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))

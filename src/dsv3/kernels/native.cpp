@@ -1,4 +1,4 @@
-// Training's hot operations on CPUs that multiply bfloat16 (AVX512-BF16), called through ctypes by native.py.
+// Training's hot operations on x86, called through ctypes by native.py.
 //
 // Only what torch does badly is here; large matrix products are left to oneDNN. Numbers in memory are bfloat16,
 // arithmetic is float32. Every function divides independent rows or heads among OpenMP threads and gives the same
@@ -10,6 +10,7 @@
 
 #include "vectors.h"
 
+namespace dsv3 {
 namespace {
 
 // C [ROWS, 16 * VECTORS] (+)= A B, all of it in registers. A's pair (row, k) is at a[row * a_row + k * a_k],
@@ -439,3 +440,4 @@ void adamw(float* master, bf16* exp_avg, bf16* exp_avg_sq, const float* grad, in
 }
 
 }  // extern "C"
+}  // namespace dsv3

@@ -5,7 +5,9 @@ torch has no fused CPU kernel for several things that training does over and ove
 a model needs that answers: whole layers over a cache, for few tokens at a time. Here they are compiled by the
 machine's own compiler, kept in the user's cache, and loaded through ctypes, which needs neither
 Python's nor torch's headers, so that a build takes seconds. Each kernel that has a native way asks `library()`;
-what comes back is None where there is no compiler, no AVX512-BF16, or DSV3_NATIVE=0, and then torch does the work.
+what comes back is None where there is no compiler, no AVX2, or DSV3_NATIVE=0, and then torch does the work. Best is a
+processor that multiplies bf16 and bytes (AVX512-BF16, VNNI); for others the same sources take more instructions, about
+twice the time where time is not that of reading memory. DSV3_NATIVE=avx2, or avx512, builds them as for an older one.
 CXX may name another compiler than g++, in front of it whatever it needs ("ccache g++").
 """
 
@@ -27,10 +29,12 @@ import torch
 from torch import Tensor
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "inference.cpp", "sampling.cpp")]
-_HEADER = Path(__file__).with_name("vectors.h")
-_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra"]
+_HEADERS = [Path(__file__).with_name(name) for name in ("older.h", "vectors.h", "products.h")]
+_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra"]
 _FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # which gcc says of its own intrinsics
 _FLAGS += ["-ffp-contract=off"]  # or the same function would round differently in different places
+# Older kinds of processor that DSV3_NATIVE may ask for.
+_TARGETS = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 # What each kernel takes, a letter an argument: a contiguous tensor of bf16 (b), float32 (f), float64 (d), int64 (l) or int32 (i), a
 # bf16 `pointer` (p), a View (v), a reference to another structure (r), a whole number (n), a fraction (x).
@@ -48,8 +52,11 @@ _SIGNATURES = {
     "combine_backward": "bblfbfnnn",
     "adamw": "fbbfnxxxxxx",
     "paged_attention": "bbiilb" + "nnnnnx",
-    "linear": "pnbbbnnn",
+    "linear": "pnrbbn",
     "feed_forward": "rbn",
+    "route": "rbnif",
+    "feed_forward_wave": "rbniffnn",
+    "attention_half": "rrbb",
     "block_forward": "rrbb",
     "draw": "ffldfdlnn",
 }
@@ -115,16 +122,22 @@ def _as_c(x: Argument, kind: str) -> object:
     return x.data_ptr()
 
 
+def _target() -> str | None:
+    """What to compile for; None where the kernels are of no use."""
+    choice = os.environ.get("DSV3_NATIVE", "")
+    here = platform.system() == "Linux" and platform.machine() == "x86_64" and torch.cpu._is_avx2_supported()
+    return _TARGETS.get(choice, "native") if here and choice != "0" else None
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had; a build that fails is told, once."""
-    if platform.machine() != "x86_64" or os.environ.get("DSV3_NATIVE") == "0":
-        return None
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if not torch.cpu._is_avx512_bf16_supported() or not shutil.which(compiler[0]):
+    target = _target()
+    if target is None or not shutil.which(compiler[0]):
         return None
     try:
-        return _load(compiler)
+        return _load([*compiler, f"-march={target}"])
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         warnings.warn(
@@ -144,7 +157,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     traits = [
         line for line in cpu.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))
     ]
-    what = "\n".join([*(file.read_text() for file in (*_SOURCES, _HEADER)), *compiler, *_FLAGS, *traits])
+    what = "\n".join([*(file.read_text() for file in (*_SOURCES, *_HEADERS)), *compiler, *_FLAGS, *traits])
     name = f"native-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if folder is not None and _only_ours(folder / name):

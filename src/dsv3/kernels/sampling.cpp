@@ -12,6 +12,7 @@
 #include <functional>
 #include <vector>
 
+namespace dsv3 {
 namespace {
 
 constexpr int BITS = 20;  // of a weight that do not choose its bin
@@ -167,3 +168,4 @@ extern "C" void draw(const float* logits, const float* temperature, const int64_
         }
     }
 }
+}  // namespace dsv3

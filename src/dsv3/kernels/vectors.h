@@ -1,4 +1,5 @@
-// What both native sources stand on: bfloat16 in memory, float32 in vectors of 16.
+// What all native sources stand on: bfloat16 in memory, float32 in vectors of 16. They are written for AVX-512 and its
+// products of bf16 and of bytes; older.h makes what a processor lacks of what it has.
 
 #pragma once
 
@@ -7,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+
+#include "older.h"
+
+namespace dsv3 {
 
 using bf16 = uint16_t;
 using Pair = uint32_t;  // two neighbours in the direction that a product sums over, as vdpbf16ps wants them
@@ -24,6 +29,76 @@ inline float widen(bf16 x) {
     float y;
     std::memcpy(&y, &bits, 4);
     return y;
+}
+
+// A size of e4m3, seven bits, as bf16, which holds it exactly.
+constexpr int size_of(int code) {
+    constexpr uint16_t small[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // below 2^-6
+    return code < 8 ? small[code] : code < 127 ? (code << 4) + (120 << 7) : 0x7fc0;
+}
+
+#ifdef __AVX512VBMI__
+// The upper bytes of all sizes, and the lower ones.
+struct Sizes {
+    alignas(64) uint8_t upper[128], lower[128];
+    constexpr Sizes() : upper(), lower() {
+        for (int code = 0; code < 128; code++) {
+            upper[code] = uint8_t(size_of(code) >> 8);
+            lower[code] = uint8_t(size_of(code));
+        }
+    }
+};
+#else
+// The same in tables of 16, by the code's upper and lower four bits. All codes but the first 16 and the last one are
+// (code << 4) + (120 << 7): an upper byte that the upper four bits tell, a lower byte that the lower four do. What else
+// there is of the first 16 is masked by `first`, of the last by `last`.
+struct Sizes {
+    alignas(16) uint8_t upper[16], first[16], last[16], upper_of_first[16], lower_of_first[16], upper_of_last[16];
+    constexpr Sizes() : upper(), first(), last(), upper_of_first(), lower_of_first(), upper_of_last() {
+        for (int i = 0; i < 16; i++) {
+            const int high = i & 7, sign = (i & 8) << 4;
+            upper[i] = uint8_t(sign | (high ? 120 / 2 + high : 0));
+            first[i] = high ? 0 : 0xff;
+            last[i] = high == 7 ? 0xff : 0;
+            upper_of_first[i] = uint8_t(size_of(i) >> 8);
+            lower_of_first[i] = uint8_t(size_of(i) ^ i << 4);
+            upper_of_last[i] = i == 15 ? 0x7f : 0;
+        }
+    }
+};
+#endif
+inline constexpr Sizes SIZES;
+
+// Of every four bytes, e4m3 numbers, the first and third (in `even`) and the second and fourth (in `odd`) as pairs of
+// bf16.
+inline void widen_e4m3(__m512i fours, __m512i& even, __m512i& odd) {
+    const __m512i first_byte = _mm512_set1_epi16(0x00ff);
+#ifdef __AVX512VBMI__
+    const auto look_up = [&](const uint8_t* table) {  // by the lower seven bits of each byte
+        return _mm512_permutex2var_epi8(_mm512_load_si512(table), fours, _mm512_load_si512(table + 64));
+    };
+    const __m512i lower = look_up(SIZES.lower), sign = _mm512_set1_epi8(int8_t(0x80));
+    const __m512i upper = _mm512_ternarylogic_epi32(look_up(SIZES.upper), fours, sign, 0xf8);  // or fours & sign
+#else
+    const __m512i half = _mm512_set1_epi8(0xf), right = _mm512_and_si512(fours, half);
+    const __m512i left = _mm512_and_si512(_mm512_srli_epi16(fours, 4), half);
+    const auto look_up = [](const uint8_t* table, __m512i by) {
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), by);
+    };
+    const __m512i first = look_up(SIZES.first, left), last = look_up(SIZES.last, left);
+    const __m512i lower = _mm512_ternarylogic_epi32(_mm512_slli_epi16(right, 4), look_up(SIZES.lower_of_first, right),
+                                                    first, 0x78);  // xor (the look-up & first)
+    __m512i upper = look_up(SIZES.upper, left);
+    upper = _mm512_ternarylogic_epi32(upper, look_up(SIZES.upper_of_first, right), first, 0xf8);
+    upper = _mm512_ternarylogic_epi32(upper, look_up(SIZES.upper_of_last, right), last, 0xf8);
+#endif
+    even = _mm512_ternarylogic_epi32(_mm512_slli_epi16(upper, 8), lower, first_byte, 0xf8);
+    odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(lower, 8), upper, first_byte, 0xf4);  // or upper & ~first_byte
+}
+
+// Every four numbers in the order in which `widen_e4m3` pairs them: first, third, second, fourth.
+inline __m512i as_paired(__m512i numbers) {
+    return _mm512_shuffle_epi8(numbers, _mm512_set4_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100));
 }
 
 // exp(x) of x <= 104, to two units in the last place: 2^n times a polynomial in the rest, |rest| <= ln 2 / 2 (Cephes'
@@ -67,3 +142,4 @@ inline void rotate(const bf16* from, bf16* to, const float* cos, const float* si
 }
 
 }  // namespace
+}  // namespace dsv3

@@ -1,13 +1,14 @@
 """Whole blocks in one native call, for flat batches on CPUs that multiply bf16 (`dsv3.kernels.inference`).
 
 The native form of attention is the absorbed one throughout, so pieces of prompts take it only where it costs little
-more than the plain one; the model that ships is such a shape, DeepSeek-V3 is not. Whatever does not fit (other
+more than the plain one; the model that ships is such a shape, DeepSeek-V3 is not: there only the experts are native.
+Whatever does not fit (other
 dtypes and devices, odd sizes, layers that somebody replaced) goes the way of the modules themselves.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING
@@ -16,10 +17,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dsv3.kernels.inference import BLOCK, Batch, Layer, block_forward
+from dsv3.kernels.inference import (
+    BLOCK,
+    Batch,
+    Layer,
+    attention_half,
+    block_forward,
+    feed_forward,
+    feed_forward_wave,
+    route,
+)
 from dsv3.kernels.native import usable
-from dsv3.model.layers import FeedForward, RMSNorm
+from dsv3.kernels.packed import Weight
+from dsv3.model.layers import FeedForward, RMSNorm, weight_of
 from dsv3.model.moe import MoE
+from dsv3.model.stored import StoredExperts
 
 if TYPE_CHECKING:
     from dsv3.model.flat import FlatBatch
@@ -40,13 +52,56 @@ def forward(
     if layer is None or cache.dtype != x.dtype or cache.shape[1] != BLOCK:
         return None
     if batch.spans and not _absorbs_cheaply(block):
-        return None
+        if not layer.form and torch.cpu._is_amx_tile_supported():
+            return None  # oneDNN multiplies bf16 with it, and we do not
+        x = x + block.self_attn(block.input_layernorm(x), rope, angles, None, batch)
+        _feed_forward(block, layer, x)
+        return x
     if not batch.native:
         where = batch.positions, batch.slots, batch.owners, batch.tables
         batch.native.append(Batch.of(*where, angles, rope.interleave))
     x = x.clone(memory_format=torch.contiguous_format)  # which becomes the result
-    block_forward(layer, batch.native[0], x, cache)
+    if _stored(block) is None:
+        block_forward(layer, batch.native[0], x, cache)
+    else:
+        attention_half(layer, batch.native[0], x, cache)
+        _feed_forward(block, layer, x)
     return x
+
+
+def _stored(block: Block) -> StoredExperts | None:
+    experts = block.mlp.experts if isinstance(block.mlp, MoE) else None
+    return experts if isinstance(experts, StoredExperts) else None
+
+
+def _feed_forward(block: Block, layer: Layer, x: Tensor) -> None:
+    """`feed_forward`, with experts that may have to be fetched: those that were chosen, a wave at a time."""
+    experts, table = _stored(block), layer.table
+    if experts is None or table is None:
+        feed_forward(layer, x)
+        return
+    chosen, weights = route(layer, x)
+    wanted = sorted(set(chosen.flatten().tolist()))
+    sums = x.new_empty(x.shape, dtype=torch.float32)
+    done = 0
+    with closing(experts.store.waves(experts.layer, wanted)) as waves:
+        for number, wave in enumerate(waves):
+            if not number:  # what this layer needs has been asked for: now the next one's
+                _foretell(experts, x)
+            for e, expert in wave.items():
+                table[2 * e], table[2 * e + 1] = expert.matrices
+            last = max(wave) + 1 if wave and max(wave) != wanted[-1] else layer.experts
+            feed_forward_wave(layer, x, chosen, weights, sums, range(done, last))
+            done = last
+
+
+def _foretell(experts: StoredExperts, x: Tensor) -> None:
+    """The next layer's gate says of x what it may say of what becomes of it: of trained experts it got two thirds right."""
+    for block in experts.next:
+        layer, after = _layer(block), _stored(block)
+        if layer is not None and after is not None:
+            chosen, _ = route(layer, x)
+            after.store.foretell(after.layer, sorted(set(chosen.flatten().tolist())))
 
 
 def invariant(block: Block) -> bool:
@@ -108,13 +163,12 @@ def _make(block: Block) -> Layer:
             raise ValueError(f"{type(module)} instead of a linear layer")
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"{type(module)} with hooks or a forward of its own")
-    matrices: dict[str, Tensor | None] = {
+    matrices: dict[str, nn.Module] = {"kv_a": attention.kv_a_proj_with_mqa, "o": attention.o_proj}
+    vectors: dict[str, Tensor | None] = {
         "input_norm": block.input_layernorm.weight,
-        "kv_a": attention.kv_a_proj_with_mqa.weight,
         "kv_a_bias": attention.kv_a_proj_with_mqa.bias,
         "kv_norm": attention.kv_a_layernorm.weight,
         "kv_b": attention.kv_b_proj.weight,
-        "o": attention.o_proj.weight,
         "o_bias": attention.o_proj.bias,
         "post_norm": block.post_attention_layernorm.weight,
     }
@@ -129,26 +183,31 @@ def _make(block: Block) -> Layer:
     norms: RMSNorm = block.input_layernorm
     fractions = {"eps": norms.eps, "latent_eps": attention.kv_a_layernorm.eps, "scale": attention.scale}
     if attention.compresses_q:
-        matrices["q_a"], matrices["q_a_bias"] = attention.q_a_proj.weight, attention.q_a_proj.bias
-        matrices["q_a_norm"], matrices["q_b"] = attention.q_a_layernorm.weight, attention.q_b_proj.weight
+        matrices["q_a"], matrices["q_b"] = attention.q_a_proj, attention.q_b_proj
+        vectors["q_a_bias"], vectors["q_a_norm"] = attention.q_a_proj.bias, attention.q_a_layernorm.weight
         sizes["q_rank"] = attention.q_a_proj.out_features
     else:
-        matrices["q_b"] = attention.q_proj.weight
+        matrices["q_b"] = attention.q_proj
 
     dense: FeedForward | None = mlp.shared_experts if isinstance(mlp, MoE) else mlp
     if dense is not None:
-        matrices["gate_up"], matrices["down"] = dense.gate_up_proj.weight, dense.down_proj.weight
+        matrices["gate_up"], matrices["down"] = dense.gate_up_proj, dense.down_proj
         sizes["width"] = dense.down_proj.in_features
+    routed: list[tuple[Weight, Weight]] = []
     if isinstance(mlp, MoE):
         if mlp.experts.linear is not None:
             raise ValueError("experts that multiply in a way of their own")
         config = mlp.gate.config
-        matrices["gate"], matrices["gate_bias"] = mlp.gate.weight, mlp.gate.e_score_correction_bias
-        matrices["experts_gate_up"] = mlp.experts.gate_up_proj
-        matrices["experts_down"] = mlp.experts.down_proj
+        vectors["gate"], vectors["gate_bias"] = mlp.gate.weight, mlp.gate.e_score_correction_bias
+        if isinstance(mlp.experts, StoredExperts):
+            like = mlp.experts.store.like(mlp.experts.layer)
+            routed = [(like.gate_up, like.down)] * mlp.experts.count
+        else:
+            gate_up, down = weight_of(mlp.experts.gate_up_proj), weight_of(mlp.experts.down_proj)
+            routed = list(zip(gate_up.unbind(), down.unbind(), strict=True))
         sizes |= {
-            "experts": mlp.experts.down_proj.shape[0],
-            "expert_width": mlp.experts.down_proj.shape[2],
+            "experts": len(routed),
+            "expert_width": routed[0][1].shape[1],
             "chosen": config.num_experts_per_tok,
             "sigmoid": int(config.scoring_func == "sigmoid"),
             "two_best": int(config.topk_method == "noaux_tc"),
@@ -159,4 +218,6 @@ def _make(block: Block) -> Layer:
         # DeepSeek-V2 normalises or scales, never both.
         both = config.model_type != "deepseek_v2" or not config.norm_topk_prob
         fractions["factor"] = config.routed_scaling_factor if both else 1.0
-    return Layer.of({name: m for name, m in matrices.items() if m is not None}, sizes, fractions)
+    weights = {name: weight_of(module) for name, module in matrices.items()}
+    present = {name: vector.detach() for name, vector in vectors.items() if vector is not None}
+    return Layer.of(weights, routed, present, sizes, fractions)

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
+from dsv3.kernels import triton
 from dsv3.kernels.moe import Linear, routed_experts
-from dsv3.model.layers import FeedForward
+from dsv3.model.layers import FeedForward, weight_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Gate(nn.Module):
         """x: [tokens, hidden]. Returns scores [tokens, experts], indices and weights [tokens, chosen]."""
         config = self.config
         logits = F.linear(x.float(), self.weight.float())
+        if triton.usable(logits) and not torch.is_grad_enabled():
+            return self._fused(logits)
         scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         indices = self.choose(scores.detach())
         weights = scores.gather(1, indices)
@@ -68,6 +71,24 @@ class Gate(nn.Module):
             if config.model_type == "deepseek_v2":
                 return scores, indices, weights  # DeepSeek-V2 normalises or scales, never both
         return scores, indices, weights * config.routed_scaling_factor
+
+    def _fused(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rest of `forward` in one launch, on a GPU."""
+        from dsv3.kernels.triton import routing
+
+        config = self.config
+        either = config.norm_topk_prob and config.model_type == "deepseek_v2"
+        return routing.route(
+            logits,
+            self.e_score_correction_bias,
+            config.num_experts_per_tok,
+            sigmoid=config.scoring_func == "sigmoid",
+            groups=config.n_group if config.limits_groups else 0,
+            topk_group=config.topk_group if config.limits_groups else 0,
+            two_best=config.topk_method == "noaux_tc",
+            normalize=config.norm_topk_prob,
+            factor=1.0 if either else config.routed_scaling_factor,
+        )
 
     def choose(self, scores: Tensor) -> Tensor:
         """The experts of each token, [tokens, num_experts_per_tok], from its scores [tokens, experts]."""
@@ -100,7 +121,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden, width))
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        return routed_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.linear)
+        gate_up, down = weight_of(self.gate_up_proj), weight_of(self.down_proj)
+        return routed_experts(x, indices, weights, gate_up, down, self.linear)
 
 
 class MoE(nn.Module):

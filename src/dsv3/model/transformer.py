@@ -25,7 +25,7 @@ from dsv3.kernels.inference import is_native, linear
 from dsv3.model import fused
 from dsv3.model.attention import LatentAttention
 from dsv3.model.flat import FlatBatch
-from dsv3.model.layers import FeedForward, RMSNorm
+from dsv3.model.layers import FeedForward, RMSNorm, weight_of
 from dsv3.model.moe import Experts, MoE, Routing
 from dsv3.model.rope import Rope
 
@@ -242,12 +242,12 @@ class Transformer(nn.Module):
 
     def logits_flat(self, hidden: Tensor) -> Tensor:
         """The head on rows that a flat forward pass gave: [rows, hidden] to [rows, vocab]."""
-        return linear(hidden, self.lm_head.weight)
+        return linear(hidden, weight_of(self.lm_head))
 
     @property
     def batch_invariant(self) -> bool:
         """Whether what a flat forward pass gives for a token follows from its sequence alone, to the bit."""
-        head = self.lm_head.weight
+        head = weight_of(self.lm_head)
         return is_native(head) and all(
             fused.invariant(module) for module in self.modules() if isinstance(module, Block)
         )

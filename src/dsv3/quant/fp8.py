@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.kernels.fp8 import TILE, scale_tiles, widen
+from dsv3.kernels.packed import Packed, dequantize
 
 BLOCK = TILE  # 128
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -82,12 +83,7 @@ def dequantize_blocks(quantized: Tensor, scale_inv: Tensor, dtype: torch.dtype =
             f"scale_inv has shape {list(scale_inv.shape)}: a matrix of {rows} x {cols} has "
             f"{list(scale_shape(rows, cols))} blocks of {BLOCK} x {BLOCK}"
         )
-    weight = torch.empty(rows, cols, dtype=dtype, device=quantized.device)
-    for here, blocks_here in _row_chunks(rows, cols):
-        part = widen(quantized[here])
-        scale = scale_inv[blocks_here].float().repeat_interleave(BLOCK, dim=1)[:, :cols]
-        weight[here] = part.mul_(scale.repeat_interleave(BLOCK, dim=0)[: part.shape[0]])
-    return weight
+    return dequantize(Packed("fp8", quantized, scale_inv), dtype)
 
 
 def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:

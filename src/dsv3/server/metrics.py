@@ -115,6 +115,19 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
         ("engine_steps", "Forward passes.", stats.steps),
     ):
         yield CounterMetricFamily(f"dsv3_{name}", text, value=counter)
+    if (experts := stats.experts) is not None:
+        for name, text, number in (
+            (
+                "experts_in_memory",
+                "Routed experts that a layer asked for and that were there.",
+                experts.cached,
+            ),
+            ("experts_read_ahead", "Those that were read before a layer asked for them.", experts.foretold),
+            ("experts_missing", "Those that a layer had to wait for.", experts.missed),
+            ("expert_bytes_read", "Bytes of experts read from files.", experts.nbytes),
+            ("expert_wait_seconds", "Seconds in which layers waited for experts.", experts.waited),
+        ):
+            yield CounterMetricFamily(f"dsv3_{name}", text, value=number)
     finished = CounterMetricFamily("dsv3_answers_finished", "Answers by what ended them.", labels=["reason"])
     for reason, count in stats.finished.items():
         finished.add_metric([reason], count)

@@ -25,6 +25,7 @@ from tokenizers import decoders
 
 from dsv3.config import read_optional_json
 from dsv3.errors import CheckpointError, UserError
+from dsv3.gguf import is_gguf
 from dsv3.text.chat import DEEPSEEK_TEMPLATE, Message, check_messages, plain_messages, render, shield
 from dsv3.text.stream import StreamDecoder
 from dsv3.text.tiktoken import BYTE_ALPHABET, BYTES_OF, load_tiktoken
@@ -67,7 +68,12 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read the tokenizer files of a checkpoint; raises CheckpointError if they are missing or broken."""
+        """Read the tokenizer files of a checkpoint's folder, or the keys of a GGUF file; raises CheckpointError if they
+        are missing or broken."""
+        if is_gguf(Path(folder)):
+            from dsv3.text.gguf import tokenizer_from_gguf
+
+            return cast(Self, tokenizer_from_gguf(folder))
         try:
             return cls._read(Path(folder))
         except OSError as error:

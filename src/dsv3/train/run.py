@@ -24,9 +24,9 @@ from dsv3.checkpoint.names import table
 from dsv3.checkpoint.reader import open_checkpoint
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
+from dsv3.kernels.packed import Packed, dequantize
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.sharding import build, holdings
-from dsv3.quant.fp8 import dequantize_blocks
 from dsv3.recipe import OptimizerRecipe
 from dsv3.train.ema import Ema
 from dsv3.train.optimizer import MasterAdamW
@@ -111,7 +111,7 @@ class Run:
             )
         weights = {name: torch.empty(p.shape) for name, p in self.model.named_parameters()}
         buffers = dict(self.model.named_buffers())
-        for piece, tensor, scale in checkpoint.stream():
+        for piece, stored in checkpoint.stream():
             target = buffers.get(piece.parameter, weights.get(piece.parameter))
             if piece.copy_of is not None or target is None:
                 continue
@@ -123,7 +123,7 @@ class Run:
                 if not 0 <= row < len(target):
                     continue
                 index = (row, *index[1:])
-            target[index].copy_(tensor if scale is None else dequantize_blocks(tensor, scale))
+            target[index].copy_(dequantize(stored) if isinstance(stored, Packed) else stored)
         self.optimizer.begin_from(weights)
         if self.ema is not None:
             self.ema.begin()
