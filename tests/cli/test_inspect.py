@@ -11,6 +11,7 @@ import pytest
 from dsv3.cli.main import main
 from dsv3.cli.units import count
 from dsv3.errors import size
+from dsv3.kernels import native
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -30,7 +31,7 @@ def test_v3_in_a_terminal(
         r"as files count them +684,489,845,504",
         r"Weights: in memory without MTP, on disk with it",
         r"bf16 +1,342\.1 GB +1,369\.\d GB +(fits|does not fit)",
-        r"fp8 +673\.2 GB +688\.6 GB +stored only",
+        r"fp8 +674\.\d GB +688\.6 GB +(does not fit|made bf16)",
         r"int8 +714\.9 GB +727\.3 GB",
         r"mixed +387\.9 GB +394\.8 GB",
         r"int4 +380\.9 GB +387\.6 GB",
@@ -51,9 +52,18 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     bf16 = next(w for w in facts["weights"] if w["format"] == "bf16")
     assert bf16["memory"] // 2 == pytest.approx(671_026_419_200, rel=1e-6), "without MTP"
     assert bf16["disk"] // 2 == pytest.approx(facts["parameters"]["in_files"], rel=1e-6), "with it"
-    assert facts["machine"][0]["context"].keys() == {"fp32", "bf16"}, "dsv3 does not run the other formats"
+    runs = {"fp32", "bf16"} | ({"fp8", "int8", "mixed", "int4"} if facts["native_kernels"] else set())
+    assert facts["machine"][0]["context"].keys() == runs, "packed weights stay packed where there are kernels"
     assert facts["machine"][0]["name"] == "RAM" and facts["checkpoint"] is None
     assert facts["config"]["num_hidden_layers"] == 61
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setenv("DSV3_NATIVE", "0")
+    assert main(["inspect", "tiny"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "No native kernels: DSV3_NATIVE is 0; several times slower" in shown and "made bf16" in shown
 
 
 def test_a_checkpoint_tells_what_lies_on_disk(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ class DirectReader:
         self._files: dict[str, int] = {}
         if checkpoint.folder.is_file():
             raise CheckpointError(
-                f"{checkpoint.folder} is a GGUF file: only folders are read bit by bit: make it one with `dsv3 convert`"
+                f"{checkpoint.folder} is a GGUF file: to read experts when they are needed takes a folder: make one with `dsv3 convert`"
             )
         weakref.finalize(self, _close, self._files)
         for file in checkpoint.shards:

@@ -64,9 +64,9 @@ class Weights:
     """Of files, with MTP modules and, but for integers, their copies of embedding and head."""
 
     @property
-    def runs(self) -> bool:
-        """Whether dsv3 computes with weights in this format, and does not only store them."""
-        return self.format in ("fp32", "bf16")
+    def packed(self) -> bool:
+        """Whether it takes kernels of our own to compute with weights in this format."""
+        return self.format not in DTYPES or self.format == "fp8"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,16 @@ class Summary:
         """Memory and disk in each number format; integers in groups of 32 without zero points, as by default."""
         formats: dict[str, Target] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8", "int8": Packing("int8")}
         formats |= {"mixed": Packing("mixed"), "int4": Packing("int4")}
-        return tuple(Weights(name, self._bytes(t, mtp=False), self._bytes(t)) for name, t in formats.items())
+        return tuple(Weights(name, self._in_memory(t), self._bytes(t)) for name, t in formats.items())
+
+    def _in_memory(self, target: Target) -> int:
+        """What generating loads: no MTP modules, and of FP8 what stays out of `Piece.packs` in bf16."""
+        size = self._bytes(target, mtp=False)
+        if target == "fp8":
+            for part, piece, count in self._kinds:
+                if part != MTP and piece.in_fp8 and not piece.packs:
+                    size += (_stored(piece, "bf16") - _stored(piece, "fp8")) * count
+        return size
 
     def _bytes(self, target: Target, mtp: bool = True) -> int:
         copies = not isinstance(target, Packing)
@@ -176,7 +185,7 @@ class Summary:
         room = pool.free - weights.memory
         if room < 0:
             return None
-        tokens = cache_tokens(self.config, DTYPES[weights.format], room)
+        tokens = cache_tokens(self.config, DTYPES.get(weights.format, torch.bfloat16), room)
         return min(tokens, self.config.max_position_embeddings)
 
 

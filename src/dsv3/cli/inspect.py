@@ -44,6 +44,8 @@ def inspect(
 
 
 def _facts(model: str, summary: Summary, pools: list[Pool]) -> dict[str, Any]:
+    from dsv3.kernels.native import instructions
+
     files, per_token = summary.files, summary.cache_per_token()
     return {
         "model": model,
@@ -56,12 +58,13 @@ def _facts(model: str, summary: Summary, pools: list[Pool]) -> dict[str, Any]:
         },
         "weights": [{"format": w.format, "memory": w.memory, "disk": w.disk} for w in summary.weights],
         "cache": {"dtype": "bf16", "per_token": per_token, "at_128k": per_token * LONG},
+        "native_kernels": instructions(),
         "machine": [
             {
                 "name": pool.name,
                 "total": pool.total,
                 "free": pool.free,
-                "context": {w.format: summary.context_in(pool, w) for w in summary.weights if w.runs},
+                "context": {w.format: summary.context_in(pool, w) for w in summary.weights if _runs(w, pool)},
             }
             for pool in pools
         ],
@@ -119,21 +122,35 @@ def _parameters(summary: Summary) -> Table:
 
 def _weights(summary: Summary, pools: list[Pool]) -> Table:
     columns = [f"in {size(pool.free)} of free {pool.name}" for pool in pools]
+    from dsv3.kernels.native import instructions, missing
+
+    kernels = instructions()
     made = table("Weights: in memory without MTP, on disk with it", "", "memory", "disk", *columns)
     for weights in summary.weights:
         fits = (_fits(summary, weights, pool) for pool in pools)
         made.add_row(weights.format, size(weights.memory), size(weights.disk), *fits)
     made.caption = (
-        "Memory: what is loaded to generate. Disk: with MTP, and but for integers its copies. dsv3 runs models in "
-        "fp32 or bf16, whatever they are stored in; half of what is then free is for the cache."
+        "Memory: what is loaded to generate. Disk: with MTP, and but for integers its copies. Half of what is then free "
+        "is for the cache. "
+        + (
+            f"Native kernels: {kernels}."
+            if kernels
+            else f"No native kernels: {missing()}; several times slower."
+        )
     )
     return made
 
 
+def _runs(weights: Weights, pool: Pool) -> bool:
+    """Whether weights stay in this format where they are loaded. Elsewhere packed ones become bf16."""
+    from dsv3.kernels.native import library
+
+    return not weights.packed or (pool.name == "RAM" and library() is not None)
+
+
 def _fits(summary: Summary, weights: Weights, pool: Pool) -> str:
-    """Only of a format that dsv3 computes with can one say that the model runs here."""
-    if not weights.runs:
-        return "stored only"
+    if not _runs(weights, pool):
+        return "made bf16"
     room = summary.context_in(pool, weights)
     return "does not fit" if room is None else f"fits, {room:,} tokens"
 

@@ -147,6 +147,33 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def instructions() -> str | None:
+    """What the native kernels here are compiled to multiply with; None where there are none."""
+    if library() is None:
+        return None
+    flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    target = _target()
+    if target != "native":
+        return f"compiled for {target}"
+    if "avx512f" not in flags:
+        return "AVX2"
+    return "AVX-512" + "".join(
+        f" {name}" for name, flag in (("BF16", "avx512_bf16"), ("VNNI", "avx512_vnni")) if flag in flags
+    )
+
+
+def missing() -> str:
+    """Why there are no native kernels here."""
+    if os.environ.get("DSV3_NATIVE") == "0":
+        return "DSV3_NATIVE is 0"
+    if _target() is None:
+        return "they are for Linux on x86 processors with AVX2"
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if not shutil.which(compiler[0]):
+        return f"there is no C++ compiler {compiler[0]}: install it, or name another in CXX"
+    return f"{compiler[0]} could not compile them"
+
+
 def _load(compiler: list[str]) -> ctypes.CDLL:
     """Out of the cache what was built for this source, these flags and this kind of processor; else build it.
 
