@@ -196,6 +196,7 @@ def test_every_tensor_has_the_format_that_llama_cpp_gives_it(shape: str, tmp_pat
     config = PRESETS["tiny"].replace(
         vocab_size=llama.VOCAB,
         num_hidden_layers=17,
+        num_attention_heads=2,
         hidden_size=hidden,
         intermediate_size=2 * moe,
         moe_intermediate_size=moe,
@@ -211,7 +212,7 @@ def test_every_tensor_has_the_format_that_llama_cpp_gives_it(shape: str, tmp_pat
     model.save_pretrained(tmp_path / "model")
     llama.save_tokenizer(tmp_path / "model", llama.tokenizer())
     export_gguf(tmp_path / "model", tmp_path / "f32.gguf", "f32")
-    for quant in get_args(Quant):
+    for quant in ("q8_0", "q4_k_m") if shape == "tied" else get_args(Quant):
         export_gguf(tmp_path / "model", tmp_path / "ours.gguf", quant)
         quantised_by_llama(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", quant)
         ours, theirs = read_header(tmp_path / "ours.gguf"), read_header(tmp_path / "theirs.gguf")

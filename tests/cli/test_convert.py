@@ -56,7 +56,8 @@ def test_flags_that_do_not_apply_are_refused_before_anything_is_read(
         ("bf16", ["--group", "32"], "--group is for integers"),
         ("fp8", ["--zero-points"], "--zero-points is for integers"),
         ("fp8", ["--calibrate", str(text)], "--calibrate is for integers"),
-        ("gguf", ["--report", str(text)], "--report is for checkpoints"),
+        ("gguf", ["--group", "32"], "--group is for integers"),
+        ("bf16", ["--ollama"], "--ollama is for GGUF"),
         ("int8", ["--quant", "q8_0"], "--quant is for GGUF"),
         ("int4", ["--group", "48"], "group is 48: choose 32, 64, 128"),
         ("int4", ["--report", str(text), "--length", "99999"], "the model reads 512 tokens at most"),
@@ -77,11 +78,31 @@ def test_gguf_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["convert", "nano", str(out), "--to", "gguf", "--quant", "q8_0", "--no-mtp", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == {"out": str(out), "format": "gguf", "shards": 1, "bytes": facts["bytes"], "quant": "q8_0"}
+    (tmp_path / "text").write_text("Once upon a time there was a fox. " * 20)
+    command = [
+        "convert",
+        str(out),
+        str(out),
+        "--to",
+        "gguf",
+        "--quant",
+        "q4_0",
+        "--report",
+        str(tmp_path / "text"),
+    ]
+    assert main([*command, "--length", "64", "--json"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["report"]["divergence"] < 1
+    assert main(["convert", "nano", str(out), "--to", "gguf", "--quant", "q8_0", "--ollama"]) == 0
+    capsys.readouterr()
+    assert main(["chat", str(out), "-p", "fox", "--max-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(out)]) == 0
+    assert "Q8_0 + F32" in capsys.readouterr().out
     assert main(["convert", "nano", str(tmp_path), "--to", "gguf"]) == 1
     assert "is a folder: name a file" in capsys.readouterr().err
     assert main(["convert", "nano", str(tmp_path / "hf"), "--to", "bf16", "--no-mtp"]) == 1
     assert "--no-mtp is for GGUF" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["nano.gguf"]
+    assert {file.name for file in tmp_path.iterdir()} == {"nano.gguf", "nano.Modelfile", "text"}
 
 
 def test_a_folder_of_something_else_is_left_alone(

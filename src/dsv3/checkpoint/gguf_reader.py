@@ -16,6 +16,7 @@ some: softmax where no gating function is named, no limit to groups of experts w
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -154,12 +155,14 @@ class GGUFCheckpoint(Checkpoint):
     @cached_property
     def _maps(self) -> dict[Path, Any]:
         files = {entry.path for entry in self._entries}
-        # Copy-on-write, since torch takes no read-only memory; nobody writes.
-        return {file: np.memmap(file, mode="c") for file in files}
+        return {file: np.memmap(file, mode="r") for file in files}
 
     def _bytes(self, part: _Part) -> Tensor:
         """uint8 [..., bytes of a row]."""
-        run = torch.from_numpy(self._maps[part.entry.path][part.offset : part.offset + part.nbytes])
+        bytes_ = self._maps[part.entry.path][part.offset : part.offset + part.nbytes]
+        with warnings.catch_warnings():  # torch says that it is read-only, and nobody writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            run = torch.from_numpy(bytes_)
         return run.view(*part.shape[:-1], -1)
 
     def _numbers(self, part: _Part, dtype: torch.dtype) -> Tensor:

@@ -107,8 +107,6 @@ def convert(
     for flag, value in (("--group", group), ("--zero-points", zero_points), ("--calibrate", calibrate)):
         if value and to not in _INTEGERS:
             raise UserError(f"{flag} is for integers: --to is {to}")
-    if report is not None and to == "gguf":
-        raise UserError(f"--report is for checkpoints: --to is {to}")
     if quant is not None and to != "gguf":
         raise UserError(f"--quant is for GGUF: --to is {to}")
     if ollama and to != "gguf":
@@ -119,17 +117,15 @@ def convert(
     notes: tuple[str, ...] = ()
     compared: Divergence | None = None
     try:
+        source = resolve(model)
+        before = None if report is None else _read(source, _ids(source, report, samples, length))
         if to == "gguf":
-            made = export_gguf(
-                resolve(model), out, quant or "bf16", mtp, ollama, progress=sys.stderr.isatty()
-            )
+            made = export_gguf(source, out, quant or "bf16", mtp, ollama, progress=sys.stderr.isatty())
             files, nbytes, notes = 1, made.nbytes, made.notes
         else:
-            folder = resolve(model)
-            before = None if report is None else _read(folder, _ids(folder, report, samples, length))
-            importance = None if calibrate is None else _importance(folder, calibrate, samples, length)
+            importance = None if calibrate is None else _importance(source, calibrate, samples, length)
             notes = run(
-                folder,
+                source,
                 out,
                 to,
                 progress=sys.stderr.isatty(),
@@ -139,10 +135,10 @@ def convert(
             )
             written = open_checkpoint(out)
             files, nbytes = len(written.shards), written.nbytes
-            if before is not None:
-                from dsv3.eval.divergence import compare
+        if before is not None:
+            from dsv3.eval.divergence import compare
 
-                compared = compare(before, _read(out, before.ids))
+            compared = compare(before, _read(out, before.ids))
     except KeyboardInterrupt as interrupt:
         print(": ".join(["dsv3: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         raise

@@ -28,7 +28,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "inference.cpp", "sampling.cpp")]
+_SOURCES = [
+    Path(__file__).with_name(f"{name}.cpp") for name in ("native", "inference", "sampling", "ceilings")
+]
 _HEADERS = [Path(__file__).with_name(name) for name in ("older.h", "vectors.h", "products.h")]
 _FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra"]
 _FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # which gcc says of its own intrinsics
@@ -59,6 +61,9 @@ _SIGNATURES = {
     "attention_half": "rrbb",
     "block_forward": "rrbb",
     "draw": "ffldfdlnn",
+    "read_all": "lnl",
+    "multiply_bf16": "nd",
+    "multiply_int8": "nd",
 }
 _DTYPES = {"b": torch.bfloat16, "f": torch.float32, "d": torch.float64, "l": torch.int64, "i": torch.int32}
 
