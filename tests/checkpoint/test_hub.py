@@ -257,7 +257,7 @@ def test_a_path_that_does_not_exist_says_so(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(
-        CheckpointError, match=r"does not exist: give a checkpoint's folder, a hub id .* or nano"
+        CheckpointError, match=r"does not exist: give a checkpoint's folder, a GGUF file, a hub id .* or nano"
     ):
         resolve(model)
 
