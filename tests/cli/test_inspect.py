@@ -63,7 +63,24 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("DSV3_NATIVE", "0")
     assert main(["inspect", "tiny"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "No native kernels: DSV3_NATIVE is 0; several times slower" in shown and "made bf16" in shown
+    assert "native kernels none: DSV3_NATIVE is 0" in shown and "made bf16" in shown
+    assert "what that costs nano decodes 8 times slower" in shown
+    assert main(["inspect", "tiny", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["native_kernels"] is None
+    assert facts["without_native_kernels"]["reason"] == "DSV3_NATIVE is 0"
+
+
+def test_older_processors_are_told_what_it_costs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for found, words in (
+        ("AVX2", "AVX2, without instructions"),
+        ("AVX-512 BF16 VNNI", "AVX-512 BF16 VNNI RAM"),
+    ):
+        monkeypatch.setattr(native, "instructions", lambda found=found: found)
+        assert main(["inspect", "tiny"]) == 0
+        assert f"native kernels {words}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_checkpoint_tells_what_lies_on_disk(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

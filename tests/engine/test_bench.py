@@ -1,22 +1,23 @@
-"""`dsv3 bench`: what it counts, and that it measures what it says."""
+"""`dsv3.engine.bench`: what it counts, and that it measures what it says."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
 
 import pytest
 import torch
 
-from dsv3.cli.main import main
 from dsv3.config import PRESETS
-from dsv3.engine.bench import Ceilings, _cost, bench, measure_ceilings
+from dsv3.engine.bench import Cost, Work, _counting, bench, sizes_of
+from dsv3.engine.ceilings import Ceilings, measure_ceilings
 from dsv3.errors import UserError
+from dsv3.kernels import native
 from dsv3.kernels.packed import empty
 from dsv3.model import Transformer
 from dsv3.model.layers import put_packed
 
 CONFIG = PRESETS["tiny"].replace(num_nextn_predict_layers=0, max_position_embeddings=512)
+CEILINGS = Ceilings(bandwidth=1e9, products=1e12, byte_products=2e12, torch_products=5e11)
 
 
 def model() -> Transformer:
@@ -27,17 +28,21 @@ def model() -> Transformer:
 
 def test_what_a_step_reads_and_multiplies() -> None:
     whole = model()
-    cost = _cost(whole)
-    stacks = [p for name, p in whole.named_parameters() if ".experts." in name]
-    routed = sum(p.numel() for p in stacks)
-    rest = sum(p.numel() for p in whole.parameters()) - routed - whole.embed_tokens.weight.numel()
+    sizes = sizes_of(whole)
+    head = whole.lm_head.weight.numel()
+    routed = sum(p.numel() for name, p in whole.named_parameters() if ".experts." in name)
+    rest = sum(p.numel() for p in whole.parameters()) - routed - head - whole.embed_tokens.weight.numel()
     buffers = sum(b.nbytes for b in whole.buffers())
-    assert (cost.routed, cost.fixed) == (2 * routed, 2 * rest + buffers)
-    assert cost.active == rest + routed * CONFIG.num_experts_per_tok // (CONFIG.n_routed_experts or 1)
-    share = CONFIG.num_experts_per_tok / (CONFIG.n_routed_experts or 1)
-    assert cost.bytes(1, 0) == pytest.approx(cost.fixed + cost.routed * share)
-    assert cost.bytes(10**6, 10) == pytest.approx(cost.fixed + cost.routed + 10 * cost.token)
-    assert cost.token == 2 * CONFIG.latent_dim * CONFIG.num_hidden_layers and not cost.integers
+    assert (sizes.routed, sizes.fixed) == (2 * routed, 2 * (rest + head) + buffers)
+    body = rest + routed * CONFIG.num_experts_per_tok // (CONFIG.n_routed_experts or 1)
+    assert (sizes.body, sizes.head) == ((body, 0), (head, 0))
+    assert sizes.token == 2 * CONFIG.latent_dim * CONFIG.num_hidden_layers
+
+    read, ops, integer_ops = vars(sizes.cost(3, 1, 10, 20, touched=0.25, absorbed=True)).values()
+    assert read == sizes.fixed + sizes.routed / 4 + 10 * sizes.token and integer_ops == 0
+    assert ops == 2 * (3 * body + head + 20 * sizes.absorbed), "the head for one of three tokens"
+    prompt = sizes.cost(3, 1, 10, 20, touched=0.25, absorbed=False)
+    assert prompt.ops == 2 * (3 * body + head + 20 * min(sizes.absorbed, sizes.plain))
 
 
 def test_packed_weights_count_as_they_are_stored() -> None:
@@ -46,55 +51,62 @@ def test_packed_weights_count_as_they_are_stored() -> None:
     stack = plain.get_parameter(name)
     small = empty("int4", stack.shape, 32, False, torch.device("cpu"))
     put_packed(packed, name, small)
-    a, b = _cost(plain), _cost(packed)
-    assert a.routed - b.routed == stack.nbytes - small.nbytes
-    assert (a.active, a.fixed) == (b.active, b.fixed)
+    a, b = sizes_of(plain), sizes_of(packed)
+    assert a.routed - b.routed == stack.nbytes - small.nbytes and a.fixed == b.fixed
+    moved = stack.numel() * CONFIG.num_experts_per_tok // (CONFIG.n_routed_experts or 1)
+    assert b.body == (a.body[0] - moved, moved), "multiplied as integers"
 
 
-def test_measurements_and_their_roofline() -> None:
-    ceilings = Ceilings(bandwidth=1e9, products=1e12, byte_products=2e12)
+def test_the_floor_is_the_higher_of_two() -> None:
+    bound_by_memory = Work("decode", 0, 2, [50.0, 70.0], 2, Cost(read=1e9, ops=1e11, integer_ops=1e11))
+    assert bound_by_memory.roofline(CEILINGS) == 2.0, "two tokens in a second for a billion bytes"
+    assert (bound_by_memory.tokens_per_second, bound_by_memory.share(CEILINGS)) == (60.0, 30.0)
+    assert bound_by_memory.spread == pytest.approx(math.sqrt(200) / 60)
+    by_arithmetic = Work("prefill", 8, 1, [4.0], 8, Cost(read=1e9, ops=3e12, integer_ops=2e12))
+    facts = by_arithmetic.facts(CEILINGS)
+    assert facts["roofline"] == 2.0 and facts["bound_by"] == "arithmetic" and facts["spread"] == 0.0
+    assert (facts["bytes_per_second"], facts["ops_per_second"]) == (5e8, 2.5e12)
+
+
+def test_experts_are_counted_where_the_gates_choose() -> None:
     whole = model()
-    works = list(bench(whole, ceilings, prompt=64, depths=[0, 100], batches=[1, 3], tokens=2, repeats=1))
-    found = [(work.name, work.depth, work.batch) for work in works]
-    assert found == [("prefill", 64, 1), *(("decode", d, b) for d in (0, 100) for b in (1, 3))]
-    cost = _cost(whole)
-    for work in works[1:]:
-        steps = work.tokens_per_second / work.batch
-        read = cost.bytes(work.batch, work.batch * (max(work.depth, 1) + 4))
-        assert work.bytes_per_second == pytest.approx(steps * read)
-        assert work.roofline == pytest.approx(work.batch / (read / 1e9))
-        assert work.share == pytest.approx(work.tokens_per_second / work.roofline)
+    ids = torch.randint(CONFIG.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+    with _counting(whole) as shares, torch.inference_mode():
+        whole(ids[:, :1])
+    assert shares == [CONFIG.num_experts_per_tok / (CONFIG.n_routed_experts or 1)] * len(shares)
+    with _counting(whole) as shares, torch.inference_mode():
+        routing: list = []
+        whole(ids, routing=routing)
+    assert shares == [len(set(r.indices.flatten().tolist())) / CONFIG.n_routed_experts for r in routing]
+    assert shares and not any(m._forward_hooks for m in whole.modules()), "hooks are taken away again"
+
+
+def test_measurements() -> None:
+    whole = model()
+    works = list(bench(whole, prompt=64, depths=[0, 100], batches=[1, 3], tokens=2, repeats=2))
+    found = [(work.name, work.depth, work.batch, len(work.samples)) for work in works]
+    assert found == [("prefill", 64, 1, 2), *(("decode", d, b, 2) for d in (0, 100) for b in (1, 3))]
+    sizes = sizes_of(whole)
+    assert works[0].cost.ops == sizes.cost(64, 1, 64, 64 * 65 // 2, 1.0, absorbed=False).ops
+    for work in works[1:]:  # 4 tokens before the two stretches, which end after 6 and 8
+        context = work.batch * (max(work.depth, 1) + 6)
+        assert work.cost.ops == sizes.cost(work.batch, work.batch, context, context, 1.0, absorbed=True).ops
+        assert work.tokens == work.batch and min(work.samples) > 0
+    least = sizes.routed * CONFIG.num_experts_per_tok // (CONFIG.n_routed_experts or 1)
+    assert works[1].cost.read == sizes.fixed + least + 7 * sizes.token, "one token's own experts"
     with pytest.raises(UserError, match="context is 512: lower --depths"):
-        next(bench(whole, ceilings, depths=[600]))
+        next(bench(whole, depths=[600]))
 
 
 def test_ceilings() -> None:
-    found = measure_ceilings(torch.device("cpu"), size=2**24)
-    assert found.bandwidth > 1e8 and found.byte_products >= found.products > 1e9
+    found = measure_ceilings(torch.device("cpu"), nbytes=2**24, seconds=0.01)
+    assert found.bandwidth > 1e8 and found.byte_products >= found.products >= found.torch_products > 1e9
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    work = [
-        "bench",
-        "nano",
-        "--prompt",
-        "32",
-        "--depths",
-        "0",
-        "--batch",
-        "1",
-        "--tokens",
-        "2",
-        "--repeats",
-        "1",
-    ]
-    picture = tmp_path / "bench.svg"
-    assert main([*work, "--json", "--plot", str(picture)]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert [r["name"] for r in facts["results"]] == ["prefill", "decode"]
-    assert facts["peak_bytes"] > 1e7 and facts["ceilings"]["bandwidth"] > 0
-    assert "tokens/s" in picture.read_text() or picture.stat().st_size > 1000
-    assert main(work) == 0
-    assert "of what is possible" in capsys.readouterr().out
-    assert main(["bench", "nano", "--batch", "0,x"]) == 1
-    assert "--batch is '0,x'" in capsys.readouterr().err
+@pytest.mark.skipif(native.library() is None, reason="no native kernels on this machine")
+def test_reading_reads_all_of_it() -> None:
+    for n in (5, 32768, 100_000):
+        numbers = torch.randint(-1000, 1000, (n,), generator=torch.Generator().manual_seed(n))
+        total = torch.empty(1, dtype=torch.int64)
+        native.call("read_all", numbers, n, total)
+        assert total.item() == numbers.sum().item(), n

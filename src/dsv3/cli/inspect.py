@@ -16,6 +16,12 @@ from dsv3.errors import size
 if TYPE_CHECKING:  # the module imports torch, which --help does not wait for
     from dsv3.checkpoint.summary import Pool, Summary, Weights
 
+_COST = (
+    "nano decodes 8 times slower, reads prompts 2.5 times and trains 1.5 times; packed weights become bf16"
+)
+"""What torch alone takes, on a processor that multiplies bf16: `DSV3_NATIVE=0 dsv3 bench nano`, docs/benchmarks.md."""
+_OLDER = "without instructions for bf16 and bytes: about twice the time where memory is not the limit"
+
 LONG = 131_072  # the context that the technical report extends to, 128K
 
 
@@ -38,14 +44,15 @@ def inspect(
         print(json.dumps(_facts(model, summary, pools), indent=2))
         return
     gpus = sorted(pools[1:], key=lambda pool: pool.free)  # a model runs on one: the roomiest is of interest
-    weights = _weights(summary, [*pools[:1], *gpus[-1:]])
-    sections = _architecture(model, summary), _parameters(summary), weights, _cache(summary)
-    Console(highlight=False).print(*(Group("", section) for section in sections))
+    shown = [*pools[:1], *gpus[-1:]]
+    about = _architecture(model, summary), _parameters(summary), _weights(summary, shown), _cache(summary)
+    Console(highlight=False).print(*(Group("", section) for section in (*about, _machine(shown))))
 
 
 def _facts(model: str, summary: Summary, pools: list[Pool]) -> dict[str, Any]:
-    from dsv3.kernels.native import instructions
+    from dsv3.kernels.native import instructions, missing
 
+    kernels = instructions()
     files, per_token = summary.files, summary.cache_per_token()
     return {
         "model": model,
@@ -58,7 +65,8 @@ def _facts(model: str, summary: Summary, pools: list[Pool]) -> dict[str, Any]:
         },
         "weights": [{"format": w.format, "memory": w.memory, "disk": w.disk} for w in summary.weights],
         "cache": {"dtype": "bf16", "per_token": per_token, "at_128k": per_token * LONG},
-        "native_kernels": instructions(),
+        "native_kernels": kernels,
+        "without_native_kernels": None if kernels else {"reason": missing(), "cost": _COST},
         "machine": [
             {
                 "name": pool.name,
@@ -122,21 +130,13 @@ def _parameters(summary: Summary) -> Table:
 
 def _weights(summary: Summary, pools: list[Pool]) -> Table:
     columns = [f"in {size(pool.free)} of free {pool.name}" for pool in pools]
-    from dsv3.kernels.native import instructions, missing
-
-    kernels = instructions()
     made = table("Weights: in memory without MTP, on disk with it", "", "memory", "disk", *columns)
     for weights in summary.weights:
         fits = (_fits(summary, weights, pool) for pool in pools)
         made.add_row(weights.format, size(weights.memory), size(weights.disk), *fits)
     made.caption = (
         "Memory: what is loaded to generate. Disk: with MTP, and but for integers its copies. Half of what is then free "
-        "is for the cache. "
-        + (
-            f"Native kernels: {kernels}."
-            if kernels
-            else f"No native kernels: {missing()}; several times slower."
-        )
+        "is for the cache."
     )
     return made
 
@@ -162,3 +162,16 @@ def _cache(summary: Summary) -> Table:
         name = "128K tokens" if length == LONG else f"{length:,} tokens"
         rows[name] = size(length * per_token) + (", beyond its context" if length > longest else "")
     return grid("Latent cache in bf16", rows)
+
+
+def _machine(pools: list[Pool]) -> Table:
+    from dsv3.kernels.native import instructions, missing
+
+    kernels = instructions()
+    rows = {"native kernels": f"none: {missing()}" if kernels is None else kernels}
+    if kernels is None:
+        rows["what that costs"] = _COST
+    elif "VNNI" not in kernels or "BF16" not in kernels:
+        rows["native kernels"] += f", {_OLDER}"
+    rows |= {pool.name: f"{size(pool.free)} of {size(pool.total)} free" for pool in pools}
+    return grid("This machine", rows)
