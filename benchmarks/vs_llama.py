@@ -1,17 +1,23 @@
 """dsv3 against llama.cpp: the same weights, the same work, in turn on one machine.
 
-    python benchmarks/vs_llama.py --dir /tmp/models                      # builds llama.cpp first, some minutes
-    python benchmarks/vs_llama.py --dir /tmp/models --llama PATH --sizes small,3.7b,v3-slice --bits bf16,8,4
+    python benchmarks/vs_llama.py --dir /tmp/models                                   # builds llama.cpp first, some minutes
+    python benchmarks/vs_llama.py --dir /tmp/models --llama-bench PATH --sizes small,3.7b,v3-slice --bits bf16,8,4
 
 Checkpoints have random weights and DeepSeek-V3's architecture: `small` (136M parameters) and `3.7b` as in
-vs_transformers.py, and `v3-slice`, V3's own width with one dense layer and one of 256 experts. They are written a tensor
-at a time, in bf16, int8 or int4 with groups of 32, and exported from there to GGUF's bf16, q8_0 and q4_0, which moves
-the same integers into another order. What is there already is used again.
+vs_transformers.py, and `v3-slice`, V3's own width with one dense layer and one of 256 experts (not in bf16, which
+takes 23 GB). They are written a tensor at a time, in bf16, int8 or int4 with groups of 32, and exported from there to GGUF's
+bf16, q8_0 and q4_0, which moves the same integers into another order. The tokenizer is nano's.
 
 dsv3 is measured by `dsv3 bench`, llama.cpp by its own llama-bench (prefill, and decoding by depth) and
-llama-batched-bench (several sequences), each a process of its own, `--rounds` times in turn. llama.cpp has the better of
-its settings for each number: flash attention on and off, repacked weights and plain ones. The table gives medians and
-their ratio, and what share of this machine's roofline dsv3 reaches.
+llama-batched-bench (several sequences), `--rounds` times in turn, each a process of its own. Both decode random tokens.
+llama.cpp has the best of its settings for each number, chosen in a round before that does not count: flash attention
+on and off, repacked weights and plain ones. Settings with which it fails are left out.
+
+- load: from the file to the first token. Of llama.cpp the whole process, of dsv3 without Python's imports.
+- memory: the most that the process held, with one sequence.
+
+The table gives medians and their ratio, and what share of this machine's roofline dsv3 reaches. What was measured is
+kept in `--json` after each round and not measured again; neither are checkpoints written again.
 """
 
 from __future__ import annotations
@@ -24,9 +30,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +60,27 @@ FORMATS: dict[str, tuple[Target, str]] = {
     "8": (Packing("int8"), "q8_0"),
     "4": (Packing("int4"), "q4_0"),
 }
-SETTINGS = [(flash, repack) for flash in ("0", "1") for repack in ("0", "1")]
+TOO_LARGE = {("v3-slice", "bf16")}
+AT_ONCE = 8
+LESS_IS_BETTER = {"load, s", "memory, MB"}
+
+
+class Setting(NamedTuple):
+    """Of llama.cpp."""
+
+    flash: str
+    repack: int
+
+    def __str__(self) -> str:
+        return f"-fa {self.flash} --repack {self.repack}"
+
+
+SETTINGS = [Setting(flash, repack) for flash in ("on", "off") for repack in (1, 0)]
+Numbers = dict[str, list[float]]
+"""For each work what was found, tokens a second if its name says nothing else."""
+
+
+# Checkpoints, and llama.cpp ---------------------------------------------------------------------------------
 
 
 def write(folder: Path, size: str, target: Target) -> None:
@@ -93,18 +121,9 @@ def build(folder: Path) -> Path:
     if (programs / "llama-batched-bench").is_file():
         return programs
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-        "--no-build-isolation",
-    ]
-    subprocess.run([*pip, "-d", folder, "llama-cpp-python"], check=True)
-    archive = next(folder.glob("llama_cpp_python-*.tar.gz"))
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
+    subprocess.run([*pip, "-d", folder, "llama-cpp-python"], check=True, stdout=sys.stderr)
+    archive = max(folder.glob("llama_cpp_python-*.tar.gz"), key=lambda file: file.stat().st_mtime)
     shutil.unpack_archive(archive, folder, filter="data")
     source = folder / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
     options = [
@@ -113,87 +132,173 @@ def build(folder: Path) -> Path:
         "-DLLAMA_CURL=OFF",
         "-DLLAMA_BUILD_TESTS=OFF",
     ]
-    subprocess.run(["cmake", "-S", source, "-B", folder / "build", *options], check=True)
-    targets = ["llama-bench", "llama-batched-bench"]
-    subprocess.run(["cmake", "--build", folder / "build", "-j", "2", "--target", *targets], check=True)
+    subprocess.run(["cmake", "-S", source, "-B", folder / "build", *options], check=True, stdout=sys.stderr)
+    make = ["cmake", "--build", folder / "build", "-j", str(os.cpu_count()), "--target"]
+    subprocess.run([*make, "llama-bench", "llama-batched-bench"], check=True, stdout=sys.stderr)
     return programs
 
 
-def output(command: list[Any], **more: Any) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **more)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+def prepared(size: str, bits: str, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The checkpoint's folder and its GGUF file."""
+    (target, quant), folder = FORMATS[bits], args.dir / f"{size}-{bits}"
+    gguf = folder.with_name(f"{folder.name}.gguf")
+    if not folder.is_dir():
+        say(f"{folder}: writing")
+        write(folder, size, target)
+    if not gguf.is_file():
+        say(f"{gguf}: writing")
+        output([*DSV3, "convert", folder, gguf, "--to", "gguf", "--quant", quant])
+    return folder, gguf
 
 
-def ours(model: Path, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """For each work: tokens a second, and the share of the roofline."""
-    command = [sys.executable, "-m", "dsv3", "bench", model, "--prompt", 512, "--threads", args.threads]
-    command += [
-        "--depths",
-        ",".join(map(str, args.depths)),
-        "--batch",
-        "1,8",
-        "--tokens",
-        args.tokens,
-        "--json",
-    ]
-    facts = json.loads(output(command))
-    found = {}
-    for r in facts["results"]:
-        if r["name"] == "prefill" or r["batch"] == 1 or r["depth"] == 0:
-            found[_work(r["name"], r["depth"], r["batch"])] = (r["tokens_per_second"], r["share"])
+# One round of each -------------------------------------------------------------------------------------------
+
+DSV3 = [sys.executable, "-m", "dsv3"]
+
+
+class Failed(Exception):
+    pass
+
+
+def output(command: list[Any], threads: int = 0) -> tuple[str, float, float]:
+    """What a command prints, the seconds it takes, and the most memory that it held, in MB."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=out, stderr=errors, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            raise Failed(f"{' '.join(map(str, command))}: {process.returncode}\n{errors.read()[-2000:]}")
+        return out.read(), seconds, usage.ru_maxrss * 1024 / 1e6
+
+
+def ours(model: Path, args: argparse.Namespace) -> tuple[Numbers, Numbers]:
+    """What was found, and the shares of the rooflines."""
+    found: Numbers = {}
+    shares: Numbers = {}
+    common = [*DSV3, "bench", model, "--threads", args.threads, "--tokens", args.tokens, "--json"]
+    depths = ",".join(map(str, args.depths))
+    alone = [*common, "--prompt", args.prompt, "--batch", 1, "--depths", depths]
+    several = [*common, "--prompt", 0, "--batch", AT_ONCE, "--depths", 0]
+    for command in (alone, several):
+        facts = json.loads(output(command, args.threads)[0])
+        for r in facts["results"]:
+            name = work(r["name"], r["depth"], r["batch"])
+            found[name], shares[name] = r["samples"], [r["share"]]
+        if command is alone:
+            found |= {"load, s": [facts["load_seconds"]], "memory, MB": [facts["peak_bytes"] / 1e6]}
+    return found, shares
+
+
+def theirs(gguf: Path, setting: Setting, args: argparse.Namespace) -> Numbers:
+    """Raises Failed."""
+    found: Numbers = {}
+    model = ["-m", gguf, "-t", args.threads, "-fa", setting.flash]
+    bench = [args.programs / "llama-bench", *model, "--repack", setting.repack, "-o", "json"]
+    depths = ",".join(map(str, args.depths))
+    peak = 0.0
+    for what in (["-p", args.prompt, "-n", 0], ["-p", 0, "-n", args.tokens, "-d", depths]):
+        text, _, memory = output([*bench, *what, "-r", 3])
+        peak = max(peak, memory)
+        for row in json.loads(text):
+            name = ("prefill", row["n_prompt"]) if row["n_prompt"] else ("decode", row["n_depth"])
+            found[work(*name, 1)] = row["samples_ts"]
+    seconds = output([*bench, "-p", 1, "-n", 0, "-r", 1, "--no-warmup"])[1]
+    found |= {"load, s": [seconds], "memory, MB": [peak]}
+    batched = [args.programs / "llama-batched-bench", *model, "--output-format", "jsonl"]
+    batched += ["-c", 4096, "-npp", 1, "-ntg", args.tokens, "-npl", AT_ONCE]
+    text = output([*batched, *(["--no-repack"] if not setting.repack else [])])[0]
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    found[work("decode", 0, AT_ONCE)] = [row["speed_tg"] for row in rows]
     return found
 
 
-def theirs(gguf: Path, programs: Path, args: argparse.Namespace) -> dict[str, float]:
-    """For each work the best of llama.cpp's settings."""
-    best: dict[str, float] = {}
-
-    def note(work: str, speed: float) -> None:
-        best[work] = max(speed, best.get(work, 0.0))
-
-    for flash, repack in SETTINGS:
-        common = ["-m", gguf, "-t", args.threads, "-fa", flash]
-        command = [
-            programs / "llama-bench",
-            *common,
-            "--repack",
-            repack,
-            "-p",
-            512,
-            "-n",
-            args.tokens,
-            "-r",
-            3,
-        ]
-        for row in json.loads(output([*command, "-o", "json", "-d", ",".join(map(str, args.depths))])):
-            if row["n_prompt"] and not row["n_depth"]:
-                note(_work("prefill", 512, 1), row["avg_ts"])
-            elif row["n_gen"]:
-                note(_work("decode", row["n_depth"], 1), row["avg_ts"])
-        work = [
-            "-c",
-            4096,
-            "-npp",
-            16,
-            "-ntg",
-            args.tokens,
-            "-npl",
-            8,
-            *(["--no-repack"] if repack == "0" else []),
-        ]
-        batched = [programs / "llama-batched-bench", *common, *work]
-        for line in output([*batched, "--output-format", "jsonl"]).splitlines():
-            if line.startswith("{"):
-                note(_work("decode", 0, 8), json.loads(line)["speed_tg"])
-    return best
-
-
-def _work(name: str, depth: int, batch: int) -> str:
+def work(name: str, depth: int, batch: int) -> str:
     if name == "prefill":
         return f"prefill {depth}"
     return f"decode, {batch} at once" if batch > 1 else f"decode at {depth:,}"
+
+
+def choose(gguf: Path, args: argparse.Namespace) -> dict[str, Setting]:
+    """For each work the setting with which llama.cpp did best, once."""
+    tried: dict[Setting, Numbers] = {}
+    for setting in SETTINGS:
+        say(f"{gguf.name}: llama.cpp {setting}")
+        try:
+            tried[setting] = theirs(gguf, setting, args)
+        except Failed as error:
+            say(f"left out: {error}")
+    if not tried:
+        raise SystemExit(f"llama.cpp runs {gguf} with none of its settings")
+
+    def quality(setting: Setting, name: str) -> float:
+        number = statistics.median(tried[setting][name])
+        return -number if name in LESS_IS_BETTER else number
+
+    return {name: max(tried, key=lambda s: quality(s, name)) for name in next(iter(tried.values()))}
+
+
+# All rounds, and the table -----------------------------------------------------------------------------------
+
+
+def measure(
+    size: str, bits: str, known: dict[str, Any], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """What is known of this size and format, after each round that is still to be done."""
+    folder, gguf = prepared(size, bits, args)
+    if not known:
+        chosen = choose(gguf, args)
+        settings = {name: list(setting) for name, setting in chosen.items()}
+        known = {"size": size, "bits": bits, "settings": settings, "rounds": []}
+    chosen = {name: Setting(*setting) for name, setting in known["settings"].items()}
+    while len(known["rounds"]) < args.rounds:
+        number = len(known["rounds"]) + 1
+        done: dict[str, Any] = {"llama.cpp": {}}
+        for who in ("dsv3", "llama.cpp") if number % 2 else ("llama.cpp", "dsv3"):
+            say(f"{size}, {bits}: {who}, round {number} of {args.rounds}")
+            if who == "dsv3":
+                done["dsv3"], done["shares"] = ours(folder, args)
+                continue
+            for setting in sorted(set(chosen.values())):
+                found = theirs(gguf, setting, args)
+                done[who] |= {name: found[name] for name in found if chosen[name] == setting}
+        known["rounds"].append(done)
+        yield known
+
+
+def rows(known: dict[str, Any]) -> Iterator[str]:
+    def median(who: str, name: str) -> float:
+        return statistics.median(x for one in known["rounds"] for x in one[who][name])
+
+    for name in known["rounds"][0]["dsv3"]:
+        if name not in known["settings"]:
+            continue
+        mine, other = median("dsv3", name), median("llama.cpp", name)
+        ratio = other / mine if name in LESS_IS_BETTER else mine / other
+        share = f"{median('shares', name):.0%}" if name not in LESS_IS_BETTER else ""
+        a, b = (f"{number:,.0f}" if number >= 100 else f"{number:.1f}" for number in (mine, other))
+        setting = Setting(*known["settings"][name])
+        yield f"| {known['size']} | {known['bits']} | {name} | {a} | {share} | {b} | {setting} | {ratio:.2f}x |"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine(args: argparse.Namespace) -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    llama = subprocess.run([args.programs / "llama-bench", "--version"], capture_output=True, text=True)
+    version = next((x for x in (llama.stderr + llama.stdout).splitlines() if "version" in x), "").strip()
+    return f"{name}, {args.threads} threads, torch {torch.__version__}, llama.cpp {version}"
 
 
 def main() -> None:
@@ -201,58 +306,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=Path, required=True, help="for checkpoints and llama.cpp: up to 60 GB")
-    parser.add_argument("--llama", type=Path, help="the folder of a llama-bench that is built already")
+    parser.add_argument("--llama-bench", type=Path, help="one that is built, llama-batched-bench beside it")
     parser.add_argument("--sizes", default="small,3.7b")
     parser.add_argument("--bits", default="bf16,8,4")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--depths", type=lambda text: [int(n) for n in text.split(",")], default=[0, 4096])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="by default DIR/vs_llama.json")
     args = parser.parse_args()
-    programs = args.llama or build(args.dir / "llama.cpp")
-    rows = []
-    print(
-        f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}; medians of {args.rounds} rounds\n"
-    )
-    print(
-        "| model | bits | | dsv3 | of its roofline | llama.cpp | dsv3 is faster by |\n|---|---|---|---:|---:|---:|---:|"
-    )
+    args.dir.mkdir(parents=True, exist_ok=True)
+    args.json = args.json or args.dir / "vs_llama.json"
+    args.programs = args.llama_bench.parent if args.llama_bench else build(args.dir / "llama.cpp")
+    work_ = {"threads": args.threads, "prompt": args.prompt, "tokens": args.tokens, "depths": args.depths}
+    report = json.loads(args.json.read_text()) if args.json.exists() else {"work": work_, "results": {}}
+    if report["work"] != work_:
+        raise SystemExit(f"{args.json} holds numbers of other work, {report['work']}: name another file")
+    report["machine"] = machine(args)
+    print(f"{report['machine']}; medians of {args.rounds} rounds.\n")
+    print("| model | bits | | dsv3 | of its roofline | llama.cpp | with | dsv3 is better by |")
+    print("|---|---|---|---:|---:|---:|---|---:|", flush=True)
     for size in args.sizes.split(","):
         for bits in args.bits.split(","):
-            target, quant = FORMATS[bits]
-            folder = args.dir / f"{size}-{bits}"
-            gguf = folder.with_suffix(folder.suffix + ".gguf")
-            if not folder.is_dir():
-                write(folder, size, target)
-            if not gguf.is_file():
-                output(
-                    [sys.executable, "-m", "dsv3", "convert", folder, gguf, "--to", "gguf", "--quant", quant]
-                )
-            a, b = [], []
-            for _ in range(args.rounds):
-                a.append(ours(folder, args))
-                b.append(theirs(gguf, programs, args))
-            for work in b[0]:
-                mine = statistics.median(run[work][0] for run in a)
-                share = statistics.median(run[work][1] for run in a)
-                other = statistics.median(run[work] for run in b)
-                rows.append(
-                    {
-                        "size": size,
-                        "bits": bits,
-                        "work": work,
-                        "dsv3": mine,
-                        "llama.cpp": other,
-                        "share": share,
-                    }
-                )
-                print(
-                    f"| {size} | {bits} | {work} | {mine:,.1f} | {share:.0%} | {other:,.1f} | {mine / other:.2f}x |",
-                    flush=True,
-                )
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
+            if (size, bits) in TOO_LARGE:
+                continue
+            key = f"{size} {bits}"
+            for known in measure(size, bits, report["results"].get(key, {}), args):
+                report["results"][key] = known
+                partial = args.json.with_name(f".{args.json.name}.partial")
+                partial.write_text(json.dumps(report, indent=1) + "\n")
+                partial.replace(args.json)
+            print("\n".join(rows(report["results"][key])), flush=True)
 
 
 if __name__ == "__main__":
