@@ -160,8 +160,8 @@ class Failed(Exception):
     pass
 
 
-def output(command: list[Any], threads: int = 0) -> tuple[str, float, float]:
-    """What a command prints, the seconds it takes, and the most memory that it held, in MB."""
+def output(command: list[Any], threads: int = 0, wanted: str = "") -> tuple[str, float, float]:
+    """What a command prints, the seconds it takes, and the most memory that it held, in MB. Failed without `wanted`."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
@@ -173,9 +173,10 @@ def output(command: list[Any], threads: int = 0) -> tuple[str, float, float]:
         seconds = time.perf_counter() - start
         out.seek(0)
         errors.seek(0)
-        if process.returncode:
+        text = out.read()
+        if process.returncode or wanted not in text:
             raise Failed(f"{' '.join(map(str, command))}: {process.returncode}\n{errors.read()[-2000:]}")
-        return out.read(), seconds, usage.ru_maxrss * 1024 / 1e6
+        return text, seconds, usage.ru_maxrss * 1024 / 1e6
 
 
 def ours(model: Path, args: argparse.Namespace) -> tuple[Numbers, Numbers]:
@@ -204,7 +205,7 @@ def theirs(gguf: Path, setting: Setting, args: argparse.Namespace) -> Numbers:
     depths = ",".join(map(str, args.depths))
     peak = 0.0
     for what in (["-p", args.prompt, "-n", 0], ["-p", 0, "-n", args.tokens, "-d", depths]):
-        text, _, memory = output([*bench, *what, "-r", 3])
+        text, _, memory = output([*bench, *what, "-r", 3], wanted="samples_ts")
         peak = max(peak, memory)
         for row in json.loads(text):
             name = ("prefill", row["n_prompt"]) if row["n_prompt"] else ("decode", row["n_depth"])
@@ -213,9 +214,11 @@ def theirs(gguf: Path, setting: Setting, args: argparse.Namespace) -> Numbers:
     found |= {"load, s": [seconds], "memory, MB": [peak]}
     batched = [args.programs / "llama-batched-bench", *model, "--output-format", "jsonl"]
     batched += ["-c", 4096, "-npp", 1, "-ntg", args.tokens, "-npl", AT_ONCE]
-    text = output([*batched, *(["--no-repack"] if not setting.repack else [])])[0]
+    text, _, _ = output([*batched, *(["--no-repack"] if not setting.repack else [])], wanted="speed_tg")
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     found[work("decode", 0, AT_ONCE)] = [row["speed_tg"] for row in rows]
+    if missing := [name for name, numbers in found.items() if not numbers]:
+        raise Failed(f"llama.cpp gave no numbers for {', '.join(missing)} with {setting}: {text}")
     return found
 
 
@@ -341,4 +344,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as error:
+        raise SystemExit(f"{error}\nWhat was measured is kept: run it again to go on.") from None
