@@ -299,6 +299,12 @@ class ModelConfig:
         return self.topk_method != "greedy" and self.n_group > 1
 
     @property
+    def routing_factor(self) -> float:
+        """What the weights of a token's experts are multiplied by. DeepSeek-V2 normalises or scales them, never both."""
+        either = self.model_type == "deepseek_v2" and self.norm_topk_prob
+        return 1.0 if either else self.routed_scaling_factor
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         if self.eos_token_id is None:
             return ()

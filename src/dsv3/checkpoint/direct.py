@@ -13,7 +13,6 @@ import weakref
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.names import INTEGER_SCALE_SUFFIX, SCALE_SUFFIX, ZERO_SUFFIX
 from dsv3.checkpoint.reader import Checkpoint
 from dsv3.checkpoint.shards import TensorInfo
 from dsv3.errors import CheckpointError
@@ -43,16 +42,15 @@ class DirectReader:
 
         Raises CheckpointError if the file ends too early, which means that it has changed.
         """
-        kind, tensors = self.checkpoint.kinds.get(name), self.checkpoint.tensors
-        if kind is None:
+        layout = self.checkpoint.layout(name)
+        infos = [self.checkpoint.tensors[part] for part in self.checkpoint.parts(name)]
+        if layout is None:
             assert isinstance(target, Tensor)
-            return self._fill(tensors[name], target)
-        names = [name, name + (SCALE_SUFFIX if kind == "fp8" else INTEGER_SCALE_SUFFIX), name + ZERO_SUFFIX]
-        infos = [tensors[n] for n in names if n in tensors]
+            return self._fill(infos[0], target)
         stored = target
         if isinstance(target, Tensor):
-            group = 0 if kind == "fp8" else target.shape[1] // infos[1].shape[1]
-            stored = empty(kind, target.shape, group, len(infos) == 3, torch.device("cpu"))
+            kind, group, zero = layout
+            stored = empty(kind, target.shape, group, zero, torch.device("cpu"))
         assert isinstance(stored, Packed)
         got = sum(self._fill(info, tensor) for info, tensor in zip(infos, stored.tensors, strict=True))
         if isinstance(target, Tensor):

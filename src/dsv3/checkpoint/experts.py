@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsv3.checkpoint.direct import DirectReader
-from dsv3.checkpoint.pretrained import Layout, layouts
-from dsv3.checkpoint.reader import Checkpoint
+from dsv3.checkpoint.pretrained import layouts
+from dsv3.checkpoint.reader import Checkpoint, Layout
 from dsv3.kernels.packed import Packed, Weight, empty
 from dsv3.model.stored import Expert
 

@@ -33,13 +33,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from dsv3.checkpoint.hub import expand
-from dsv3.checkpoint.names import INTEGER_SCALE_SUFFIX, ZERO_SUFFIX, Piece
+from dsv3.checkpoint.names import Piece
 from dsv3.checkpoint.ollama import modelfile
 from dsv3.checkpoint.progress import progress_bar
 from dsv3.checkpoint.reader import Checkpoint, Stored, generation_config, open_checkpoint
@@ -47,7 +47,7 @@ from dsv3.checkpoint.writer import check_space, staged_file
 from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError, UserError
 from dsv3.files import write_whole
-from dsv3.gguf import MAGIC, TYPES, Type, Value, is_gguf, write_header
+from dsv3.gguf import FILE_TYPES, MAGIC, TYPES, Quant, Type, Value, is_gguf, write_header
 from dsv3.kernels.packed import Packed, dequantize
 from dsv3.quant import ggml
 from dsv3.text.bpe import PATTERNS
@@ -55,46 +55,6 @@ from dsv3.text.chat import DEEPSEEK_TEMPLATE
 from dsv3.text.gguf import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from dsv3.text.tokenizer import Tokenizer
 
-Quant = Literal[
-    "f32",
-    "f16",
-    "bf16",
-    "q8_0",
-    "q6_k",
-    "q5_k_m",
-    "q5_k_s",
-    "q5_1",
-    "q5_0",
-    "q4_k_m",
-    "q4_k_s",
-    "q4_1",
-    "q4_0",
-    "q3_k_l",
-    "q3_k_m",
-    "q3_k_s",
-    "q2_k",
-]
-"""Number formats, and mixes of them, as llama.cpp names them."""
-FILE_TYPES: dict[Quant, int] = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q8_0": 7,
-    "q5_0": 8,
-    "q5_1": 9,
-    "q2_k": 10,
-    "q3_k_s": 11,
-    "q3_k_m": 12,
-    "q3_k_l": 13,
-    "q4_k_s": 14,
-    "q4_k_m": 15,
-    "q5_k_s": 16,
-    "q5_k_m": 17,
-    "q6_k": 18,
-    "bf16": 32,
-}
-"""What `general.file_type` says."""
 _SIMPLER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What rows take that are no multiple of 256, as in llama.cpp."""
 ARCHITECTURE = "deepseek2"
@@ -169,11 +129,10 @@ def export_gguf(
 
 def _moves(checkpoint: Checkpoint, name: str) -> Type | None:
     """The format that a tensor of the checkpoint is in already but for the order of bytes."""
-    kind, scale = checkpoint.kinds.get(name), checkpoint.tensors.get(name + INTEGER_SCALE_SUFFIX)
-    if kind is None or scale is None or name + ZERO_SUFFIX in checkpoint.tensors:
+    layout = checkpoint.layout(name)
+    if layout is None or layout[1:] != (ggml.GROUP, False):
         return None
-    group = checkpoint.pieces[name].shape[1] // scale.shape[1]
-    return ggml.TYPE_OF[kind] if group == ggml.GROUP else None
+    return ggml.TYPE_OF[layout[0]]
 
 
 def _encode(name: str, stored: Stored, place: Place, to: Type) -> Tensor:
@@ -409,19 +368,16 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
 def _expert_metadata(config: ModelConfig) -> dict[str, Value]:
     if config.n_routed_experts is None:  # the loader wants these two all the same
         return {"expert_feed_forward_length": config.intermediate_size, "expert_shared_count": 0}
-    v2_normalises = config.model_type == "deepseek_v2" and config.norm_topk_prob  # and then does not scale
     values: dict[str, Value] = {
         "expert_count": config.n_routed_experts,
         "expert_used_count": config.num_experts_per_tok,
         "expert_shared_count": config.n_shared_experts or 0,
         "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_weights_scale": 1.0 if v2_normalises else float(config.routed_scaling_factor),
+        "expert_weights_scale": float(config.routing_factor),
         "expert_weights_norm": config.norm_topk_prob,
         "expert_gating_func": GATING[config.scoring_func],
     }
-    if (
-        config.limits_groups and config.topk_group < config.n_group
-    ):  # the loader takes no limit that limits nothing
+    if _limits_groups(config):
         values |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return values
 

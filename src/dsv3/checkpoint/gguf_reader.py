@@ -15,7 +15,6 @@ some: softmax where no gating function is named, no limit to groups of experts w
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -235,9 +234,7 @@ def write_companions(path: Path, folder: Path) -> None:
     values: dict[str, Any] = {**tokenizer.special_tokens, "add_bos_token": tokenizer.add_bos_token}
     if tokenizer.chat_template is not None:
         values["chat_template"] = tokenizer.chat_template
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / "tokenizer_config.json", values)
     if generation := generation_config_from_gguf(path):
         write_json(folder / "generation_config.json", generation)
 

@@ -14,9 +14,17 @@ from torch import Tensor
 from dsv3.checkpoint.direct import DirectReader
 from dsv3.checkpoint.hub import is_on_hub, resolve
 from dsv3.checkpoint.memory import check_bytes, check_memory
-from dsv3.checkpoint.names import INTEGER_SCALE_SUFFIX, ZERO_SUFFIX, Piece, table
+from dsv3.checkpoint.names import Piece, table
 from dsv3.checkpoint.progress import progress_bar
-from dsv3.checkpoint.reader import INDEX, QUANTIZATION, Checkpoint, float_dtype, open_checkpoint, read_config
+from dsv3.checkpoint.reader import (
+    INDEX,
+    QUANTIZATION,
+    Checkpoint,
+    Layout,
+    float_dtype,
+    open_checkpoint,
+    read_config,
+)
 from dsv3.checkpoint.writer import (
     DTYPES,
     SHARD_SIZE,
@@ -30,7 +38,7 @@ from dsv3.checkpoint.writer import (
 from dsv3.config import read_json
 from dsv3.errors import CheckpointError, size
 from dsv3.kernels.fp8 import TILE
-from dsv3.kernels.packed import ROWS, Kind, Packed, dequantize, empty
+from dsv3.kernels.packed import ROWS, Kind, Packed, Weight, dequantize, empty
 from dsv3.model import Transformer
 from dsv3.model.layers import put_packed
 from dsv3.model.rope import Rope
@@ -82,9 +90,9 @@ class DeepseekV3(Transformer):
         else:
             check_memory(checkpoint.config, wanted, device)
         checkpoint.check_copies()
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for parameter, (kind, group, zero) in stays.items():
-            shape = model.state_dict()[parameter].shape
-            put_packed(model, parameter, empty(kind, shape, group, zero, device))
+            put_packed(model, parameter, empty(kind, shapes[parameter], group, zero, device))
         state = _allocate(model, checkpoint, wanted, device)
         if experts is None:
             _fill(state, checkpoint, progress)
@@ -164,10 +172,6 @@ def _check_disk(folder: Path) -> None:
         )
 
 
-Layout = tuple[Kind, int, bool]
-"""How a matrix is packed: kind, numbers to a group, and whether there are zero points."""
-
-
 def layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
     """Of the parameters all of whose tensors are packed alike, and can be stacked as they are: how.
 
@@ -183,15 +187,12 @@ def layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
 
 
 def _layout(checkpoint: Checkpoint, name: str, piece: Piece) -> Layout | None:
-    kind = checkpoint.kinds.get(name)
-    if kind is None or not piece.packs:
-        return None
-    rows, width = piece.shape
-    if kind == "fp8":  # halves of one matrix keep their own blocks
-        is_part = any(isinstance(i, slice) for i in piece.index)
-        return (kind, TILE, False) if rows % (TILE if is_part else ROWS) == 0 and width % ROWS == 0 else None
-    scale = checkpoint.tensors[name + INTEGER_SCALE_SUFFIX]
-    return kind, width // scale.shape[1], name + ZERO_SUFFIX in checkpoint.tensors
+    layout = checkpoint.layout(name) if piece.packs else None
+    if layout is not None and layout[0] == "fp8":  # halves of one matrix keep their own blocks
+        rows, width = piece.shape
+        unit = TILE if any(isinstance(i, slice) for i in piece.index) else ROWS
+        return layout if rows % unit == 0 and width % ROWS == 0 else None
+    return layout
 
 
 def loaded_bytes(checkpoint: Checkpoint, stays: Mapping[str, Layout], dtype: torch.dtype) -> int:
@@ -230,15 +231,12 @@ def _fill(state: dict[str, Tensor], checkpoint: Checkpoint, progress: bool) -> N
             advance(stored.nbytes)
             if piece.copy_of is not None:
                 continue
-            if piece.parameter not in state:
+            target = _target(state, piece, stored.kind if isinstance(stored, Packed) else None)
+            if isinstance(target, Packed):
                 assert isinstance(stored, Packed)
-                for part, tensor in zip(
-                    _packed(state, piece, stored.kind).tensors, stored.tensors, strict=True
-                ):
+                for part, tensor in zip(target.tensors, stored.tensors, strict=True):
                     part.copy_(tensor)
-                continue
-            target = piece.of(state[piece.parameter])
-            if isinstance(stored, Packed):
+            elif isinstance(stored, Packed):
                 target.copy_(dequantize(stored.to(target.device), target.dtype))
             else:
                 target.copy_(stored)
@@ -247,23 +245,21 @@ def _fill(state: dict[str, Tensor], checkpoint: Checkpoint, progress: bool) -> N
 @torch.no_grad()
 def _fill_directly(state: dict[str, Tensor], checkpoint: Checkpoint, progress: bool) -> None:
     """The same without mapping files, for whom memory is dear."""
-    pieces = {name: piece for name, piece in checkpoint.pieces.items() if piece.copy_of is None}
+    order = [name for names in checkpoint.stream_order().values() for name in names]
+    order = [name for name in order if checkpoint.pieces[name].copy_of is None]
+    total = sum(map(checkpoint.stored_nbytes, order))
     reader = DirectReader(checkpoint)
-    with progress_bar(
-        f"Loading {checkpoint.folder.name}", sum(map(checkpoint.stored_nbytes, pieces)), progress
-    ) as advance:
-        for names in checkpoint.stream_order().values():
-            for name in names:
-                if name in pieces:
-                    piece = pieces[name]
-                    if piece.parameter in state:
-                        advance(reader.read(name, piece.of(state[piece.parameter])))
-                    else:
-                        advance(reader.read(name, _packed(state, piece, checkpoint.kinds[name])))
+    with progress_bar(f"Loading {checkpoint.folder.name}", total, progress) as advance:
+        for name in order:
+            target = _target(state, checkpoint.pieces[name], checkpoint.kinds.get(name))
+            advance(reader.read(name, target))
 
 
-def _packed(state: dict[str, Tensor], piece: Piece, kind: Kind) -> Packed:
-    """The part of a packed parameter that a piece is."""
+def _target(state: dict[str, Tensor], piece: Piece, kind: Kind | None) -> Weight:
+    """The part of a parameter that a piece, of this kind in the checkpoint, is."""
+    if piece.parameter in state:
+        return piece.of(state[piece.parameter])
+    assert kind is not None
     prefix = piece.parameter.removesuffix("weight").removesuffix(".")
     part = Packed(kind, state[f"{prefix}.codes"], state[f"{prefix}.scale"], state.get(f"{prefix}.zero"))
     for index in piece.index:

@@ -33,6 +33,7 @@ from dsv3.checkpoint.shards import TensorInfo, read_header
 from dsv3.config import ModelConfig, read_json, read_optional_json
 from dsv3.errors import CheckpointError
 from dsv3.gguf import is_gguf
+from dsv3.kernels.fp8 import TILE
 from dsv3.kernels.packed import GROUPS, Kind, Packed, integer_shapes, packs
 from dsv3.quant.fp8 import BLOCK, scale_shape
 
@@ -59,6 +60,8 @@ INTEGERS: dict[str, Any] = {"quant_method": "dsv3", "layout": "panels16"}
 """That of integer files (`dsv3.kernels.packed`); what each matrix is packed into follows from its dtype and shape."""
 Stored = Tensor | Packed
 """A tensor of a checkpoint as it lies there."""
+Layout = tuple[Kind, int, bool]
+"""How a matrix is packed: kind, numbers to a group, and whether there are zero points."""
 
 
 def float_dtype(name: str | torch.dtype) -> torch.dtype | None:
@@ -149,21 +152,28 @@ class Checkpoint:
                     yield self.pieces[name], self._stored(name, read)
 
     def _stored(self, name: str, read: Callable[[str], Tensor]) -> Stored:
+        tensors = map(read, self.parts(name))
+        return Packed(self.kinds[name], *tensors) if name in self.kinds else next(tensors)
+
+    def parts(self, name: str) -> list[str]:
+        """The names of what is stored of a tensor: itself, and if it is packed its scales, and zeros if there are any."""
+        if name not in self.kinds:
+            return [name]
+        scale, zero = SCALE_SUFFIX if self.kinds[name] == "fp8" else INTEGER_SCALE_SUFFIX, name + ZERO_SUFFIX
+        return [name, name + scale, *([zero] if zero in self.tensors else [])]
+
+    def layout(self, name: str) -> Layout | None:
+        """How a tensor is packed; None if it is not."""
         kind = self.kinds.get(name)
         if kind is None:
-            return read(name)
-        zero = name + ZERO_SUFFIX
-        return Packed(
-            kind,
-            read(name),
-            read(name + (SCALE_SUFFIX if kind == "fp8" else INTEGER_SCALE_SUFFIX)),
-            read(zero) if zero in self.tensors else None,
-        )
+            return None
+        _, scale, *zero = self.parts(name)
+        group = TILE if kind == "fp8" else self.pieces[name].shape[1] // self.tensors[scale].shape[1]
+        return kind, group, bool(zero)
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes of a tensor with its scales and zeros."""
-        suffixes = ("", SCALE_SUFFIX, INTEGER_SCALE_SUFFIX, ZERO_SUFFIX)
-        return sum(self.tensors[name + s].nbytes for s in suffixes if name + s in self.tensors)
+        return sum(self.tensors[part].nbytes for part in self.parts(name))
 
     def stream_order(self) -> dict[str, list[str]]:
         """For each file the names that `stream` yields from it."""

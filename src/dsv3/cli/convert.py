@@ -20,6 +20,7 @@ from rich.table import Table
 from dsv3.cli.bars import progress_bar
 from dsv3.cli.tables import table
 from dsv3.errors import UserError, size
+from dsv3.gguf import Quant
 
 if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from torch import Tensor
@@ -27,25 +28,6 @@ if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from dsv3.eval.divergence import Divergence, Reading
 
 _INTEGERS = ("int8", "int4", "mixed")
-Quant = Literal[  # those of dsv3.checkpoint.gguf, which --help does not wait for
-    "f32",
-    "f16",
-    "bf16",
-    "q8_0",
-    "q6_k",
-    "q5_k_m",
-    "q5_k_s",
-    "q5_1",
-    "q5_0",
-    "q4_k_m",
-    "q4_k_s",
-    "q4_1",
-    "q4_0",
-    "q3_k_l",
-    "q3_k_m",
-    "q3_k_s",
-    "q2_k",
-]
 
 
 def convert(

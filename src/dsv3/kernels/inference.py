@@ -182,10 +182,14 @@ class Batch(ctypes.Structure):
         return batch
 
 
-def block_forward(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
-    """A whole layer on x [tokens, hidden], in place; the tokens' latents are written to cache [blocks, 64, latent_dim]."""
+def _check(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
     if x.shape != (batch.tokens, layer.hidden) or cache.shape[1:] != (BLOCK, layer.rank + layer.rotary):
         raise ValueError(f"x {tuple(x.shape)} and cache {tuple(cache.shape)} do not fit the layer")
+
+
+def block_forward(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
+    """A whole layer on x [tokens, hidden], in place; the tokens' latents are written to cache [blocks, 64, latent_dim]."""
+    _check(layer, batch, x, cache)
     call("block_forward", layer, batch, x, cache)
 
 
@@ -198,8 +202,7 @@ def feed_forward(layer: Layer, x: Tensor) -> None:
 
 def attention_half(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
     """A layer's first half on x [tokens, hidden], in place; the rest is as in `block_forward`."""
-    if x.shape != (batch.tokens, layer.hidden) or cache.shape[1:] != (BLOCK, layer.rank + layer.rotary):
-        raise ValueError(f"x {tuple(x.shape)} and cache {tuple(cache.shape)} do not fit the layer")
+    _check(layer, batch, x, cache)
     call("attention_half", layer, batch, x, cache)
 
 
@@ -229,15 +232,15 @@ def feed_forward_wave(
 
 def is_native(weight: Weight) -> bool:
     """Whether `linear` with this weight goes the native way for bf16 inputs on a CPU."""
-    if not isinstance(weight, Packed) and weight.dtype != torch.bfloat16:
-        return False
-    if not usable():
-        return False
+    return usable() and _matrix(weight) is not None
+
+
+def _matrix(weight: Weight) -> Matrix | None:
+    """What the native kernels are given of it; None if they cannot take it."""
     try:
-        Matrix.of(weight)
+        return Matrix.of(weight)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -250,7 +253,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
         product = matmul.linear(x.reshape(-1, x.shape[-1]), weight.codes, weight.scale)
         return (product if bias is None else product + bias).view(*x.shape[:-1], weight.out)
-    if training or not usable(*([x] if bias is None else [x, bias])) or not is_native(weight):
+    native = not training and usable(*([x] if bias is None else [x, bias]))
+    matrix = _matrix(weight) if native else None
+    if matrix is None:
         return F.linear(x, dequantize(weight, x.dtype) if isinstance(weight, Packed) else weight, bias)
     if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
@@ -259,5 +264,5 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    call("linear", pointer(rows), rows.stride(0), Matrix.of(weight), bias, out, len(rows))
+    call("linear", pointer(rows), rows.stride(0), matrix, bias, out, len(rows))
     return out

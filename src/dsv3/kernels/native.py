@@ -127,6 +127,10 @@ def _as_c(x: Argument, kind: str) -> object:
     return x.data_ptr()
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
 def _target() -> str | None:
     """What to compile for; None where the kernels are of no use."""
     choice = os.environ.get("DSV3_NATIVE", "")
@@ -137,7 +141,7 @@ def _target() -> str | None:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had; a build that fails is told, once."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    compiler = _compiler()
     target = _target()
     if target is None or not shutil.which(compiler[0]):
         return None
@@ -173,7 +177,7 @@ def missing() -> str:
         return "DSV3_NATIVE is 0"
     if _target() is None:
         return "they are for Linux on x86 processors with AVX2"
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    compiler = _compiler()
     if not shutil.which(compiler[0]):
         return f"there is no C++ compiler {compiler[0]}: install it, or name another in CXX"
     return f"{compiler[0]} could not compile them"

@@ -215,9 +215,7 @@ def _make(block: Block) -> Layer:
         }
         if config.limits_groups:
             sizes["groups"], sizes["topk_group"] = config.n_group, config.topk_group
-        # DeepSeek-V2 normalises or scales, never both.
-        both = config.model_type != "deepseek_v2" or not config.norm_topk_prob
-        fractions["factor"] = config.routed_scaling_factor if both else 1.0
+        fractions["factor"] = config.routing_factor
     weights = {name: weight_of(module) for name, module in matrices.items()}
     present = {name: vector.detach() for name, vector in vectors.items() if vector is not None}
     return Layer.of(weights, routed, present, sizes, fractions)

@@ -68,16 +68,13 @@ class Gate(nn.Module):
         weights = scores.gather(1, indices)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-            if config.model_type == "deepseek_v2":
-                return scores, indices, weights  # DeepSeek-V2 normalises or scales, never both
-        return scores, indices, weights * config.routed_scaling_factor
+        return scores, indices, weights * config.routing_factor
 
     def _fused(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rest of `forward` in one launch, on a GPU."""
         from dsv3.kernels.triton import routing
 
         config = self.config
-        either = config.norm_topk_prob and config.model_type == "deepseek_v2"
         return routing.route(
             logits,
             self.e_score_correction_bias,
@@ -87,7 +84,7 @@ class Gate(nn.Module):
             topk_group=config.topk_group if config.limits_groups else 0,
             two_best=config.topk_method == "noaux_tc",
             normalize=config.norm_topk_prob,
-            factor=1.0 if either else config.routed_scaling_factor,
+            factor=config.routing_factor,
         )
 
     def choose(self, scores: Tensor) -> Tensor:

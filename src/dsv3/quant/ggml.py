@@ -181,18 +181,14 @@ def _search(x: Tensor, tries: tuple[float, ...]) -> Tensor:
 
     tries: what the largest number of a group, of either sign, is made to be, negative; the first is the lowest code.
     """
-    reach = tries[0]
+    reach = int(tries[0])
     low, high = (end.unsqueeze(-1) for end in torch.aminmax(x, dim=-1))
     extreme = torch.where(-low > high, low, high)
     extreme = torch.where(extreme.abs() > 1e-30, extreme, 1.0)
-    gain, scale = torch.zeros_like(extreme), torch.zeros_like(extreme)
+    search = integers.Search(x, None, 2 * reach - 1)
     for wanted in tries:
-        q = (x * (-wanted / extreme)).round_().clamp_(-reach, reach - 1)
-        along, square = (q * x).sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
-        fit = along / square.clamp(min=1e-30)
-        better = along * fit > gain
-        gain, scale = torch.where(better, along * fit, gain), torch.where(better, fit, scale)
-    return scale
+        search.consider(-wanted / extreme, reach)
+    return search.scale
 
 
 def _search_with_minimum(x: Tensor, tries: tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -163,28 +163,39 @@ def _fit(w: Tensor, h: Tensor | None, bits: int, zero_points: bool) -> tuple[Ten
         )
     extreme = torch.where(extreme.abs() > 1e-30, extreme, 1.0)  # no code but 0 will be wanted
 
-    weighted = w if h is None else w * h
-    gain, scale = torch.zeros_like(extreme), torch.zeros_like(extreme)
+    search = Search(w, h, levels)
     zero = torch.full_like(extreme, middle)
-
-    def consider(inverse: Tensor, z: Tensor | int) -> None:
-        q = (w * inverse).round_()
-        torch.clamp(q, -z, levels - z, out=q)
-        along = (q * weighted).sum(-1, keepdim=True)
-        square = (q.square_() if h is None else q.square_().mul_(h)).sum(-1, keepdim=True)
-        fit = along / square.clamp(min=1e-30)
-        better = along * fit > gain
-        torch.where(better, along * fit, gain, out=gain)
-        torch.where(better, fit, scale, out=scale)
-        zero.masked_fill_(better, z) if isinstance(z, int) else torch.where(better, z, zero, out=zero)
-
     for reach in _REACHES[bits]:
-        consider(-reach / extreme, middle)
+        search.consider(-reach / extreme, middle)
     if zero_points:
         low, high = low.clamp(max=0), high.clamp(min=0)
         span = torch.where(high - low > 1e-30, high - low, 1.0)
         z = (-low * levels / span).round_().clamp_(0, levels)
         for reach in _SPANS[bits]:
-            consider(reach / span, z)
+            zero = torch.where(search.consider(reach / span, z), z, zero)
+    return search.scale.clamp_(-_LARGEST, _LARGEST).half(), zero
 
-    return scale.clamp_(-_LARGEST, _LARGEST).half(), zero
+
+class Search:
+    """The scale of each group with which codes leave the least error, of those that were considered so far."""
+
+    def __init__(self, w: Tensor, h: Tensor | None, levels: int) -> None:
+        """w: float32 [..., group]; h: what weights count, like w; levels: the highest code."""
+        self._w, self._h, self._levels = w, h, levels
+        self._weighted = w if h is None else w * h
+        self._gain = torch.zeros_like(w[..., :1])
+        self.scale = torch.zeros_like(w[..., :1])
+        """[..., 1]"""
+
+    def consider(self, inverse: Tensor, zero: Tensor | int) -> Tensor:
+        """Round with the scales 1 / inverse and let least squares mend these; where that is better, it is kept.
+        Returns where, [..., 1]."""
+        q = (self._w * inverse).round_()
+        torch.clamp(q, -zero, self._levels - zero, out=q)  # type: ignore[arg-type]
+        along = (q * self._weighted).sum(-1, keepdim=True)
+        square = (q.square_() if self._h is None else q.square_().mul_(self._h)).sum(-1, keepdim=True)
+        fit = along / square.clamp(min=1e-30)
+        better = along * fit > self._gain
+        torch.where(better, along * fit, self._gain, out=self._gain)
+        torch.where(better, fit, self.scale, out=self.scale)
+        return better
