@@ -208,7 +208,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
         return str(caught.value)
 
     monkeypatch.setattr("dsv3.checkpoint.memory.free_memory", lambda device: free)
-    monkeypatch.setattr("dsv3.checkpoint.pretrained._allocate", forbidden)
+    monkeypatch.setattr("dsv3.checkpoint.pretrained._load", forbidden)
     monkeypatch.setattr("dsv3.checkpoint.reader.Checkpoint.get_tensor", forbidden)
     free = half
     assert refusal(torch.float32) == (

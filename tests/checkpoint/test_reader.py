@@ -28,7 +28,7 @@ def _nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a broken checkpoint must be refused before anything is loaded")
 
-    monkeypatch.setattr("dsv3.checkpoint.pretrained._allocate", forbidden)
+    monkeypatch.setattr("dsv3.checkpoint.pretrained._load", forbidden)
 
 
 def refused(folder: Path, *parts: str, error: type[Exception] = CheckpointError) -> None:

@@ -74,15 +74,14 @@ def convert(
     def is_written(piece: Piece) -> bool:
         return piece.copy_of is None or not isinstance(target, Packing)
 
-    names = [name for shard in checkpoint.stream_order().values() for name in shard]
-    pieces = [checkpoint.pieces[name] for name in names]
+    pieces = list(checkpoint.pieces.values())  # in the model's order, whatever the source's is
     infos = [
         info
         for piece in pieces
         if is_written(piece)
         for info in plan(piece, checkpoint.tensors[piece.name].dtype, target)
     ]
-    total = sum(map(checkpoint.stored_nbytes, names))
+    total = sum(map(checkpoint.stored_nbytes, checkpoint.pieces))
 
     def is_replaced(file: Path) -> bool:
         return is_weights(file) or _is_companion(file)

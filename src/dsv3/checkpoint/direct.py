@@ -1,8 +1,9 @@
 """Reading tensors straight into memory that is there already.
 
-A memory map is the quick way to load a whole model, but its pages count as the process's until they are let go, and
-which of them the system keeps is up to the system. Where memory is counted, bytes are read to where they will be used,
-and what the system has kept of the file is given back.
+This is for weights that cannot stay in their file (`dsv3.checkpoint.mapped`), because they lie there in another order or
+dtype than they are wanted in, or because memory is counted: which pages of a map are in memory is up to the system. Bytes
+are read to where they will be used, so nothing is there twice but what the system keeps of the file, for whoever reads it
+next; where memory is dear that is given back.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ _LONGEST_READ = 1 << 30  # what the system reads in one call is a little less th
 class DirectReader:
     """Fills tensors from a checkpoint's files, which stay open. Good from several threads at once."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, forget: bool) -> None:
+        """forget: whether the system shall let go of what it has kept of the file."""
+        self.checkpoint, self.forget = checkpoint, forget
         self._files: dict[str, int] = {}
         if checkpoint.folder.is_file():
             raise CheckpointError(
@@ -85,7 +87,7 @@ class DirectReader:
                     "off since it was opened: get it again"
                 )
             done += got
-        if hasattr(os, "posix_fadvise"):
+        if self.forget and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, first, done, os.POSIX_FADV_DONTNEED)
 
 

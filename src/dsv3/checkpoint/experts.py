@@ -10,11 +10,10 @@ from torch import Tensor
 from dsv3.checkpoint.direct import DirectReader
 from dsv3.checkpoint.pretrained import layouts
 from dsv3.checkpoint.reader import Checkpoint, Layout
+from dsv3.checkpoint.shards import ALIGNED
 from dsv3.kernels.packed import Packed, Weight, empty
 from dsv3.model.stored import Expert
 
-ALIGNED = 64
-"""Bytes: matrices begin where a line of the processor's cache does."""
 Key = tuple[int, int]
 """A layer, and the number of an expert there."""
 
@@ -25,7 +24,7 @@ class ExpertFiles:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         """dtype: of experts that are not packed, once they are in memory."""
         self.checkpoint, self.dtype = checkpoint, dtype
-        self._reader = DirectReader(checkpoint)
+        self._reader = DirectReader(checkpoint, forget=True)
         self._names: dict[Key, list[tuple[bool, slice | None, str]]] = {}
         self._forms: dict[int, tuple[_Form, _Form]] = {}
         layout = layouts(checkpoint)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,6 @@ class GGUFCheckpoint(Checkpoint):
 
     def check_copies(self) -> None:
         """There are none: copies of embedding and head, which some files have, are passed over."""
-
-    def without_mtp(self) -> GGUFCheckpoint:
-        config = self.config.replace(num_nextn_predict_layers=0)
-        return replace(
-            self, config=config, pieces={n: p for n, p in self.pieces.items() if n in table(config)}
-        )
 
     @cached_property
     def _maps(self) -> dict[Path, Any]:

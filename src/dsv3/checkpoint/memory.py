@@ -9,19 +9,24 @@ from __future__ import annotations
 import psutil
 import torch
 
+from dsv3.checkpoint.mapped import mapped_bytes
 from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError, size
 from dsv3.kernels.inference import BLOCK
 from dsv3.model import Transformer
+from dsv3.model.outline import outline
 
 CACHE_SHARE = 0.5
 """The part of the free memory that the cache may take; the rest is for activations and everybody else."""
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that tensors on a device may still take; None where there is no telling."""
+    """Bytes that tensors on a device may still take; None where there is no telling.
+
+    Weights in mapped files are not free, though the system calls them available: a model that is not in memory is slow.
+    """
     if device.type == "cpu":
-        return psutil.virtual_memory().available
+        return max(psutil.virtual_memory().available - mapped_bytes(), 0)
     if device.type == "cuda":  # what torch holds but does not use is free too
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
@@ -30,7 +35,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of a model's weights in memory: the parameters as `dtype`, the correction biases as float32."""
-    with torch.device("meta"):
+    with outline():
         model = Transformer(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters * dtype.itemsize + sum(buffer.numel() for buffer in model.buffers()) * 4

@@ -25,11 +25,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.model import Transformer
+from dsv3.model.outline import outline
 
 SCALE_SUFFIX = "_scale_inv"  # of `x.weight` is `x.weight_scale_inv`
 INTEGER_SCALE_SUFFIX, ZERO_SUFFIX = "_scale", "_zero"  # of integer codes
@@ -80,7 +80,7 @@ class Piece:
 
 def table(config: ModelConfig) -> dict[str, Piece]:
     """Every tensor that a checkpoint of this config has, by Hugging Face's name, copies included."""
-    with torch.device("meta"):
+    with outline():
         state = Transformer(config).state_dict()
     pieces: dict[str, Piece] = {}
     for parameter, tensor in state.items():

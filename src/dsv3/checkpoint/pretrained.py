@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsv3.checkpoint.direct import DirectReader
 from dsv3.checkpoint.hub import is_on_hub, resolve
+from dsv3.checkpoint.mapped import MappedFiles
 from dsv3.checkpoint.memory import check_bytes, check_memory
 from dsv3.checkpoint.names import Piece, table
 from dsv3.checkpoint.progress import progress_bar
@@ -40,9 +41,13 @@ from dsv3.errors import CheckpointError, size
 from dsv3.kernels.fp8 import TILE
 from dsv3.kernels.packed import ROWS, Kind, Packed, Weight, dequantize, empty
 from dsv3.model import Transformer
-from dsv3.model.layers import put_packed
+from dsv3.model.layers import PackedLinear, put_packed
+from dsv3.model.outline import outline
 from dsv3.model.rope import Rope
 from dsv3.model.stored import Store, put_stored
+
+_PACKED = ("codes", "scale", "zero")
+"""What a `PackedLinear` calls the tensors of its matrix."""
 
 
 class DeepseekV3(Transformer):
@@ -66,9 +71,10 @@ class DeepseekV3(Transformer):
         in layers that compute with them but are not trained or saved. The correction biases keep their stored dtype. mtp: whether
         to load the multi-token prediction modules, which plain generation does not need; without them the config
         counts none. experts: where the model gets its routed experts from, which are not loaded then, and the others are
-        read without mapping a file into memory. Takes little more memory than the model itself. Raises CheckpointError before allocating
-        anything if the folder is not whole, or the model larger than what is free; weights that do not fit
-        are not even downloaded.
+        read without mapping a file into memory. On a CPU, weights that the files have as they are wanted are not read but
+        mapped (`dsv3.checkpoint.mapped`), and can be written to like any others; all takes little more memory than the
+        model itself. Raises CheckpointError before allocating anything if the folder is not whole, or the model larger
+        than what is free; weights that do not fit are not even downloaded.
         """
         wanted = None if dtype is None else float_dtype(dtype)
         if dtype is not None and wanted is None:
@@ -80,7 +86,7 @@ class DeepseekV3(Transformer):
         if experts is not None:
             checkpoint = checkpoint.without_experts()
         wanted = wanted or checkpoint.dtype
-        with torch.device("meta"):
+        with outline():
             model = cls(checkpoint.config.replace(quantization_config=None))
         if experts is not None:
             put_stored(model, experts)
@@ -92,12 +98,9 @@ class DeepseekV3(Transformer):
         checkpoint.check_copies()
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for parameter, (kind, group, zero) in stays.items():
-            put_packed(model, parameter, empty(kind, shapes[parameter], group, zero, device))
-        state = _allocate(model, checkpoint, wanted, device)
-        if experts is None:
-            _fill(state, checkpoint, progress)
-        else:
-            _fill_directly(state, checkpoint, progress)
+            put_packed(model, parameter, empty(kind, shapes[parameter], group, zero, torch.device("meta")))
+        like = _like(model, checkpoint, wanted)
+        state = _load(like, checkpoint, device, progress, sparing=experts is not None)
         model.load_state_dict(state, assign=True)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
@@ -206,62 +209,115 @@ def loaded_bytes(checkpoint: Checkpoint, stays: Mapping[str, Layout], dtype: tor
     )
 
 
-def _allocate(
-    model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """Uninitialised memory for a model on the meta device, but for what is allocated already: packed matrices."""
+def _like(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the state of a model shall be, on the meta device; packed matrices have their dtypes already."""
     stored = {
         piece.parameter: checkpoint.tensors[name].dtype
         for name, piece in checkpoint.pieces.items()
         if piece.keeps_dtype
     }
+    packed = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for part in _PACKED
+    }
     return {
-        name: torch.empty(tensor.shape, dtype=stored.get(name, dtype), device=device)
-        if tensor.is_meta
-        else tensor
+        name: tensor
+        if name in packed
+        else torch.empty(tensor.shape, dtype=stored.get(name, dtype), device="meta")
         for name, tensor in model.state_dict().items()
     }
 
 
 @torch.no_grad()
-def _fill(state: dict[str, Tensor], checkpoint: Checkpoint, progress: bool) -> None:
+def _load(
+    like: Mapping[str, Tensor], checkpoint: Checkpoint, device: torch.device, progress: bool, sparing: bool
+) -> dict[str, Tensor]:
+    """A state as it shall be, by the shortest way there is.
+
+    sparing: nothing is mapped, and nothing of the files left in the system's cache.
+    """
+    direct = device.type == "cpu" and not checkpoint.folder.is_file()
+    mapped = _map(like, checkpoint) if direct and not sparing else {}
+    state = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        for name, tensor in like.items()
+        if name not in mapped
+    }
     total = sum(map(checkpoint.stored_nbytes, checkpoint.pieces))
     with progress_bar(f"Loading {checkpoint.folder.name}", total, progress) as advance:
-        for piece, stored in checkpoint.stream():
-            advance(stored.nbytes)
-            if piece.copy_of is not None:
-                continue
-            target = _target(state, piece, stored.kind if isinstance(stored, Packed) else None)
-            if isinstance(target, Packed):
-                assert isinstance(stored, Packed)
-                for part, tensor in zip(target.tensors, stored.tensors, strict=True):
-                    part.copy_(tensor)
-            elif isinstance(stored, Packed):
-                target.copy_(dequantize(stored.to(target.device), target.dtype))
-            else:
-                target.copy_(stored)
+        if direct or sparing:
+            _read(state, checkpoint, advance, forget=sparing)
+        else:
+            _stream(state, checkpoint, advance)
+    return state | mapped
 
 
-@torch.no_grad()
-def _fill_directly(state: dict[str, Tensor], checkpoint: Checkpoint, progress: bool) -> None:
-    """The same without mapping files, for whom memory is dear."""
-    order = [name for names in checkpoint.stream_order().values() for name in names]
-    order = [name for name in order if checkpoint.pieces[name].copy_of is None]
-    total = sum(map(checkpoint.stored_nbytes, order))
-    reader = DirectReader(checkpoint)
-    with progress_bar(f"Loading {checkpoint.folder.name}", total, progress) as advance:
-        for name in order:
-            target = _target(state, checkpoint.pieces[name], checkpoint.kinds.get(name))
-            advance(reader.read(name, target))
+def _map(like: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Those that can stay in their files, the tensors of a packed matrix together or not at all."""
+    parts: dict[str, dict[str, list[tuple[str, Tensor]]]] = {}
+    for name, piece in checkpoint.pieces.items():
+        if piece.copy_of is None:
+            target = _target(like, piece, checkpoint.kinds.get(name))
+            tensors = target.tensors if isinstance(target, Packed) else [target]
+            of = parts.setdefault(piece.parameter, {})
+            for own, part, tensor in zip(_names(like, piece), checkpoint.parts(name), tensors, strict=False):
+                of.setdefault(own, []).append((part, tensor))
+    files = MappedFiles(checkpoint)
+    mapped: dict[str, Tensor] = {}
+    for of in parts.values():
+        views = {own: view for own in of if (view := files.view(like[own], of[own])) is not None}
+        if len(views) == len(of):
+            mapped |= views
+    return mapped
 
 
-def _target(state: dict[str, Tensor], piece: Piece, kind: Kind | None) -> Weight:
-    """The part of a parameter that a piece, of this kind in the checkpoint, is."""
+def _stream(state: Mapping[str, Tensor], checkpoint: Checkpoint, advance: Callable[[int], None]) -> None:
+    """Fill a state, shard by shard: where weights go elsewhere than to main memory, or have to be put together."""
+    for piece, stored in checkpoint.stream():
+        advance(stored.nbytes)
+        if piece.copy_of is not None:
+            continue
+        target = _target(state, piece, stored.kind if isinstance(stored, Packed) else None)
+        if isinstance(target, Packed):
+            assert isinstance(stored, Packed)
+            for part, tensor in zip(target.tensors, stored.tensors, strict=True):
+                part.copy_(tensor)
+        elif isinstance(stored, Packed):
+            target.copy_(dequantize(stored.to(target.device), target.dtype))
+        else:
+            target.copy_(stored)
+
+
+def _read(
+    state: Mapping[str, Tensor], checkpoint: Checkpoint, advance: Callable[[int], None], forget: bool
+) -> None:
+    """Fill a state straight from the files; what it lacks is mapped, or a copy."""
+    reader = DirectReader(checkpoint, forget)
+    for names in checkpoint.stream_order().values():
+        for name in names:
+            piece = checkpoint.pieces[name]
+            if piece.copy_of is None and _names(state, piece):
+                reader.read(name, _target(state, piece, checkpoint.kinds.get(name)))
+            advance(checkpoint.stored_nbytes(name))
+
+
+def _names(state: Mapping[str, Tensor], piece: Piece) -> list[str]:
+    """What of a state makes a piece's parameter: itself, or the tensors that it is packed into."""
     if piece.parameter in state:
-        return piece.of(state[piece.parameter])
+        return [piece.parameter]
+    stem = piece.parameter.removesuffix("weight").removesuffix(".")
+    return [name for part in _PACKED if (name := f"{stem}.{part}") in state]
+
+
+def _target(state: Mapping[str, Tensor], piece: Piece, kind: Kind | None) -> Weight:
+    """The part of a parameter that a piece, of this kind in the checkpoint, is."""
+    tensors = [state[name] for name in _names(state, piece)]
+    if piece.parameter in state:
+        return piece.of(tensors[0])
     assert kind is not None
-    prefix = piece.parameter.removesuffix("weight").removesuffix(".")
-    part = Packed(kind, state[f"{prefix}.codes"], state[f"{prefix}.scale"], state.get(f"{prefix}.zero"))
+    part = Packed(kind, *tensors)
     for index in piece.index:
         part = part[index] if isinstance(index, int) else part.rows(index.start, index.stop)
     return part

@@ -2,8 +2,8 @@
 
 `open_checkpoint` reads the config, the index and the headers of the shards: a few megabytes even for 671B.
 From them follows everything that can be wrong with a folder short of flipped bits, so whatever is broken is
-said in one line before memory is allocated or a byte is written. Weights then come by memory map, shard by
-shard as they lie on disk, and only one shard is mapped at a time.
+said in one line before memory is allocated or a byte is written. `stream` then gives weights shard by shard as they lie
+on disk, only one of which is mapped at a time; `dsv3.checkpoint.pretrained` knows shorter ways into main memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -125,14 +125,17 @@ class Checkpoint:
         """What to load the weights as if nothing else is asked for: bfloat16 where they are packed."""
         return torch.bfloat16 if self.quantized else self.tensors[EMBEDDING].dtype
 
-    def without_mtp(self) -> Checkpoint:
+    def without_mtp(self) -> Self:
         """The same folder, of which the multi-token prediction modules will not be read."""
-        config = self.config.replace(num_nextn_predict_layers=0)
+        modules = range(self.config.num_nextn_predict_layers)
+        prefixes = tuple(mtp_prefix(self.config, k) for k in modules)
         return replace(
-            self, config=config, pieces={n: p for n, p in table(config).items() if n in self.pieces}
+            self,
+            config=self.config.replace(num_nextn_predict_layers=0),
+            pieces={n: p for n, p in self.pieces.items() if not n.startswith(prefixes)},
         )
 
-    def without_experts(self) -> Checkpoint:
+    def without_experts(self) -> Self:
         """The same folder, of which the routed experts will not be read with the rest."""
         return replace(self, pieces={n: p for n, p in self.pieces.items() if ".mlp.experts." not in n})
 

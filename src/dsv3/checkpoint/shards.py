@@ -3,9 +3,10 @@
 The format is plain: eight bytes that give the header's length, the header (JSON: for each tensor its dtype,
 shape, and the bytes it occupies), then the tensors' bytes without holes. Nothing in it can run code.
 
-We read headers ourselves, since they tell everything that can be wrong with a file before any weight is
-touched, and leave the memory map to the safetensors library. We also write ourselves: where each tensor lies
-follows from shapes alone, so a shard is written while its tensors are made, one in memory at a time.
+We read headers ourselves, since they tell everything that can be wrong with a file before any weight is touched. We also
+write ourselves: where each tensor lies follows from shapes alone, so shards are written while their tensors are made, one
+in memory at a time, in any order. Files of ours are laid out to be used where they lie (`dsv3.checkpoint.mapped`): numbers
+begin where a line of the processor's cache does, and what the model keeps together lies together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+ALIGNED = 64
+"""Bytes: matrices begin where a line of the processor's cache does."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int = field(default=0, compare=False)
     """Where in the file its bytes begin, for one that lies in a file."""
+    parameter: str = field(default="", compare=False)
+    """What it is a part of, for one that is to be written."""
 
     @property
     def nbytes(self) -> int:
@@ -104,32 +109,44 @@ def _read_entry(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
     return TensorInfo(name, _DTYPES[entry["dtype"]], shape)
 
 
-def write_shard(path: Path, infos: Sequence[TensorInfo], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file. `tensors` yields exactly the announced ones, in the same order."""
-    offsets, end = {}, 0
-    # Wider dtypes come first in the file, so that every tensor is aligned when it is mapped into memory.
-    for info in sorted(infos, key=lambda info: -info.dtype.itemsize):
-        offsets[info.name] = end
-        end += info.nbytes
-    shapes = {info.name: info for info in infos}
+def write_shards(shards: Mapping[Path, Sequence[TensorInfo]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write safetensors files. `tensors` yields exactly what is announced for them, in any order."""
+    places: dict[str, tuple[Path, TensorInfo]] = {}
+    for path, infos in shards.items():
+        header, laid_out = _lay_out(infos)
+        path.write_bytes(header)
+        places |= {info.name: (path, info) for info in laid_out}
+    for name, tensor in tensors:
+        path, info = places.pop(name)
+        if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, info.shape):
+            raise AssertionError(f"announced {info}, got {name} {tensor.dtype} {list(tensor.shape)}")
+        with path.open("r+b") as file:
+            file.seek(info.offset)
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        del tensor
+    if places:
+        raise AssertionError(f"announced but not given: {', '.join(places)}")
+    for path in shards:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+def _lay_out(infos: Sequence[TensorInfo]) -> tuple[bytes, list[TensorInfo]]:
+    """The beginning of a file, and where in it each tensor goes."""
+    # Wider dtypes come first, so that every tensor is aligned. Those alike, as the scales of all experts of a layer are, stay
+    # in a row, or a stack of them could not be mapped: codes and zeros have the same dtype, but not as many dimensions.
+    ordered = sorted(infos, key=lambda info: (-info.dtype.itemsize, _CODES[info.dtype], -len(info.shape)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, offset in offsets.items():
-        info = shapes[name]
-        header[name] = {
+    end = 0
+    for info in ordered:
+        header[info.name] = {
             "dtype": _CODES[info.dtype],
             "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
+            "data_offsets": [end, end + info.nbytes],
         }
+        end += info.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for info in infos:
-            name, tensor = next(tensors)
-            if (name, tensor.dtype, tuple(tensor.shape)) != (info.name, info.dtype, info.shape):
-                raise AssertionError(f"announced {info}, got {name} {tensor.dtype} {list(tensor.shape)}")
-            file.seek(8 + len(text) + offsets[name])
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            del tensor
-        file.flush()
-        os.fsync(file.fileno())
+    text += b" " * (-(8 + len(text)) % ALIGNED)
+    first = 8 + len(text)
+    laid_out = [replace(info, offset=first + header[info.name]["data_offsets"][0]) for info in ordered]
+    return len(text).to_bytes(8, "little") + text, laid_out

@@ -16,9 +16,10 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from dsv3.checkpoint.hub import expand
 from dsv3.checkpoint.names import HEAD, INTEGER_SCALE_SUFFIX, SCALE_SUFFIX, ZERO_SUFFIX, Piece
 from dsv3.checkpoint.reader import CONFIG, FP8, INDEX, SINGLE, Stored
-from dsv3.checkpoint.shards import TensorInfo, write_shard
+from dsv3.checkpoint.shards import TensorInfo, write_shards
 from dsv3.errors import CheckpointError, UserError, size
 from dsv3.kernels.packed import Packed, dequantize, integer_shapes, packs
 from dsv3.quant.fp8 import quantize_blocks, scale_shape
@@ -82,22 +83,22 @@ def stored_dtype(piece: Piece, dtype: torch.dtype, target: Target) -> torch.dtyp
 
 def plan(piece: Piece, dtype: torch.dtype, target: Target) -> list[TensorInfo]:
     """The tensors that `encode` will make of one, before there is any."""
+
+    def info(suffix: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInfo:
+        return TensorInfo(piece.name + suffix, dtype, shape, parameter=piece.parameter)
+
     if isinstance(target, Packing) and (bits := target.bits(piece)) is not None:
         rows, cols = piece.shape
         shapes = integer_shapes(rows, cols, bits, target.group)
         return [
-            TensorInfo(piece.name, torch.uint8, shapes.codes),
-            TensorInfo(piece.name + INTEGER_SCALE_SUFFIX, torch.float16, shapes.scale),
-            *(
-                [TensorInfo(piece.name + ZERO_SUFFIX, torch.uint8, shapes.scale)]
-                if target.zero_points
-                else []
-            ),
+            info("", torch.uint8, shapes.codes),
+            info(INTEGER_SCALE_SUFFIX, torch.float16, shapes.scale),
+            *([info(ZERO_SUFFIX, torch.uint8, shapes.scale)] if target.zero_points else []),
         ]
-    infos = [TensorInfo(piece.name, stored_dtype(piece, dtype, target), piece.shape)]
+    infos = [info("", stored_dtype(piece, dtype, target), piece.shape)]
     if infos[0].dtype == FP8:
         rows, cols = piece.shape
-        infos.append(TensorInfo(piece.name + SCALE_SUFFIX, torch.float32, scale_shape(rows, cols)))
+        infos.append(info(SCALE_SUFFIX, torch.float32, scale_shape(rows, cols)))
     return infos
 
 
@@ -141,23 +142,25 @@ def encode(
 
 
 def write_weights(
-    folder: Path, infos: Sequence[TensorInfo], tensors: Iterator[tuple[str, Tensor]], max_shard_size: int
+    folder: Path, infos: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]], max_shard_size: int
 ) -> None:
     """Write shards and their index, or one file where one is enough.
 
-    `tensors` yields what `infos` announces, in the same order. max_shard_size is in bytes.
+    infos: in the model's order, which becomes that of the files; `tensors` yields what they announce in any order.
+    max_shard_size is in bytes.
     """
     total = sum(info.nbytes for info in infos)
     check_space(folder, total)
     shards = _split(infos, max_shard_size)
     if len(shards) == 1:
-        write_shard(folder / SINGLE, shards[0], tensors)
+        write_shards({folder / SINGLE: shards[0]}, tensors)
         return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_shard(folder / file, shard, tensors)
-        weight_map |= {info.name: file for info in shard}
+    files = {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+    write_shards({folder / file: shard for file, shard in files.items()}, tensors)
+    weight_map = {info.name: file for file, shard in files.items() for info in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -172,14 +175,19 @@ def check_space(folder: Path, total: int) -> None:
 
 
 def _split(infos: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
+    """Into shards as full as can be, but a parameter is cut only if no shard could hold all of it."""
     shards: list[list[TensorInfo]] = [[]]
-    size = 0
-    for info in infos:
-        if shards[-1] and size + info.nbytes > max_shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(info)
-        size += info.nbytes
+    room = max_shard_size
+    for _, tensors in groupby(infos, key=lambda info: info.parameter or info.name):
+        together = list(tensors)
+        whole = sum(info.nbytes for info in together)
+        for part in [together] if whole <= max_shard_size else [[info] for info in together]:
+            nbytes = sum(info.nbytes for info in part)
+            if shards[-1] and nbytes > room:
+                shards.append([])
+                room = max_shard_size
+            shards[-1] += part
+            room -= nbytes
     return shards
 
 

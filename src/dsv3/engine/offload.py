@@ -25,7 +25,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from dsv3.checkpoint.experts import ALIGNED, ExpertFiles, Key
+from dsv3.checkpoint.experts import ExpertFiles, Key
+from dsv3.checkpoint.shards import ALIGNED
 from dsv3.errors import size
 from dsv3.model.stored import Expert
 

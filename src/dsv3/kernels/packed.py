@@ -136,7 +136,9 @@ def empty(kind: Kind, shape: torch.Size, group: int, zero: bool, device: torch.d
     shapes = integer_shapes(out, width, 4 if kind == "int4" else 8, group)
     codes = torch.empty(*ahead, *shapes.codes, dtype=torch.uint8, device=device)
     scale = torch.empty(*ahead, *shapes.scale, dtype=torch.float16, device=device)
-    return Packed(kind, codes, scale, torch.empty_like(scale, dtype=torch.uint8) if zero else None)
+    return Packed(
+        kind, codes, scale, torch.empty(scale.shape, dtype=torch.uint8, device=device) if zero else None
+    )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
