@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,8 @@ FORMATS: dict[str, tuple[Target, str]] = {
 }
 TOO_LARGE = {("v3-slice", "bf16")}
 AT_ONCE = 8
-LESS_IS_BETTER = {"load, s", "memory, MB"}
+LOAD, MEMORY = "load, s", "memory, MB"
+LESS_IS_BETTER = {LOAD, MEMORY}
 
 
 class Setting(NamedTuple):
@@ -193,33 +194,40 @@ def ours(model: Path, args: argparse.Namespace) -> tuple[Numbers, Numbers]:
             name = work(r["name"], r["depth"], r["batch"])
             found[name], shares[name] = r["samples"], [r["share"]]
         if command is alone:
-            found |= {"load, s": [facts["load_seconds"]], "memory, MB": [facts["peak_bytes"] / 1e6]}
+            found |= {LOAD: [facts["load_seconds"]], MEMORY: [facts["peak_bytes"] / 1e6]}
     return found, shares
 
 
-def theirs(gguf: Path, setting: Setting, args: argparse.Namespace) -> Numbers:
-    """Raises Failed."""
+def theirs(gguf: Path, setting: Setting, args: argparse.Namespace, wanted: Iterable[str] = ()) -> Numbers:
+    """What llama.cpp does of the work that is wanted, by default all. Raises Failed."""
     found: Numbers = {}
     model = ["-m", gguf, "-t", args.threads, "-fa", setting.flash]
     bench = [args.programs / "llama-bench", *model, "--repack", setting.repack, "-o", "json"]
-    depths = ",".join(map(str, args.depths))
-    peak = 0.0
-    for what in (["-p", args.prompt, "-n", 0], ["-p", 0, "-n", args.tokens, "-d", depths]):
+    prefill, several = work("prefill", args.prompt, 1), work("decode", 0, AT_ONCE)
+    alone = {work("decode", depth, 1): depth for depth in args.depths}
+    wanted = set(wanted) or {prefill, several, *alone, LOAD, MEMORY}
+    runs: list[list[Any]] = []
+    if wanted & {prefill, MEMORY}:
+        runs.append(["-p", args.prompt, "-n", 0])
+    if depths := [str(depth) for name, depth in alone.items() if name in wanted or MEMORY in wanted]:
+        runs.append(["-p", 0, "-n", args.tokens, "-d", ",".join(depths)])
+    for what in runs:
         text, _, memory = output([*bench, *what, "-r", 3], wanted="samples_ts")
-        peak = max(peak, memory)
+        found[MEMORY] = [max(memory, *found.get(MEMORY, []))]
         for row in json.loads(text):
             name = ("prefill", row["n_prompt"]) if row["n_prompt"] else ("decode", row["n_depth"])
             found[work(*name, 1)] = row["samples_ts"]
-    seconds = output([*bench, "-p", 1, "-n", 0, "-r", 1, "--no-warmup"])[1]
-    found |= {"load, s": [seconds], "memory, MB": [peak]}
-    batched = [args.programs / "llama-batched-bench", *model, "--output-format", "jsonl"]
-    batched += ["-c", 4096, "-npp", 1, "-ntg", args.tokens, "-npl", AT_ONCE]
-    text, _, _ = output([*batched, *(["--no-repack"] if not setting.repack else [])], wanted="speed_tg")
-    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    found[work("decode", 0, AT_ONCE)] = [row["speed_tg"] for row in rows]
-    if missing := [name for name, numbers in found.items() if not numbers]:
+    if LOAD in wanted:
+        found[LOAD] = [output([*bench, "-p", 1, "-n", 0, "-r", 1, "--no-warmup"])[1]]
+    if several in wanted:
+        batched = [args.programs / "llama-batched-bench", *model, "--output-format", "jsonl"]
+        batched += ["-c", 4096, "-npp", 1, "-ntg", args.tokens, "-npl", AT_ONCE]
+        text, _, _ = output([*batched, *(["--no-repack"] if not setting.repack else [])], wanted="speed_tg")
+        rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        found[several] = [row["speed_tg"] for row in rows]
+    if missing := [name for name in wanted if not found.get(name)]:
         raise Failed(f"llama.cpp gave no numbers for {', '.join(missing)} with {setting}: {text}")
-    return found
+    return {name: found[name] for name in wanted}
 
 
 def work(name: str, depth: int, batch: int) -> str:
@@ -269,8 +277,7 @@ def measure(
                 done["dsv3"], done["shares"] = ours(folder, args)
                 continue
             for setting in sorted(set(chosen.values())):
-                found = theirs(gguf, setting, args)
-                done[who] |= {name: found[name] for name in found if chosen[name] == setting}
+                done[who] |= theirs(gguf, setting, args, [name for name in chosen if chosen[name] == setting])
         known["rounds"].append(done)
         yield known
 

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv3.kernels import attention
-from dsv3.kernels.attention import causal_attention, latent_attention, per_head
+from dsv3.kernels.attention import (
+    causal_attention,
+    latent_attention,
+    per_head,
+    prompt_attention,
+    span_latent_attention,
+)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
@@ -35,6 +41,57 @@ def assert_close(ours: Tensor, exact: Tensor, tolerance: float = 1e-5) -> None:
 
 def causal(seq: int) -> Tensor:
     return torch.tensor([[j <= i for j in range(seq)] for i in range(seq)])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 150) | st.sampled_from([64, 128, 129]),
+    before=st.integers(0, 150) | st.just(64),
+    heads=st.integers(1, 3),
+    nope=st.sampled_from([16, 48, 128]),
+    rotary=st.sampled_from([16, 64]),
+    v_dim=st.sampled_from([32, 64, 96]),
+)
+def test_prompt_attention(
+    native: bool, tokens: int, before: int, heads: int, nope: int, rotary: int, v_dim: int
+) -> None:
+    """The last tokens of a context, in bf16; and the same bits whatever there is after them."""
+    context = before + tokens
+    q = random(tokens, heads, nope + rotary).bfloat16()
+    kv = random(context, heads, nope + v_dim, seed=1).bfloat16()
+    k_rope = random(context, rotary + 16, seed=2).bfloat16()[:, 16:]
+    k = torch.cat((kv[..., :nope], k_rope[:, None].expand(-1, heads, -1)), dim=-1)
+    mask = causal(context)[before:]
+    exact = naive(*(t.transpose(0, 1) for t in (q, k, kv[..., nope:])), 0.1, mask.expand(heads, -1, -1))
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(attention, "usable", lambda *tensors: False)
+        ours = prompt_attention(q, kv, k_rope, 0.1)
+        assert_close(ours, exact.transpose(0, 1), 0.03)
+        if native and attention.usable(q):
+            few = tokens // 2 + 1
+            shorter = prompt_attention(q[:few], kv[: before + few], k_rope[: before + few], 0.1)
+            assert torch.equal(shorter, ours[:few])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("tokens", "context"), [(17, 18), (40, 200), (70, 1100)])
+def test_span_latent_attention(
+    native: bool, tokens: int, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks in any order; segments of a long context are merged."""
+    heads, rank, rotary = 3, 64, 32
+    blocks = torch.tensor([5 * i % 19 for i in range(-(-context // 64))])
+    cache = random(19, 64, rank + rotary).bfloat16()
+    q = random(tokens, heads, rank + rotary, seed=1).bfloat16()
+    latents = cache[blocks].flatten(0, 1)[:context]
+    rows = causal(context)[context - tokens :]
+    exact = naive(q.transpose(0, 1), latents, latents[:, :rank], 0.1, rows)
+    if not native:
+        monkeypatch.setattr(attention, "usable", lambda *tensors: False)
+    ours = span_latent_attention(q, cache, blocks, context, rank, 0.1)
+    assert_close(ours, exact.transpose(0, 1), 0.03)
 
 
 @settings(max_examples=50)

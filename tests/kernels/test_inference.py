@@ -331,8 +331,8 @@ def test_layers_refuse_what_they_would_misread() -> None:
     with pytest.raises(ValueError, match="int32 is wanted"):
         inference.Batch.of(numbers, numbers, numbers, few[None], angles, True)
     for x, cache in ((random(2, 64), random(1, 64, 64)), (random(3, 64), random(1, 32, 64))):
-        with pytest.raises(ValueError, match="do not fit"):
-            inference.block_forward(layer, batch, x, cache)
+        with pytest.raises(ValueError, match="does not fit"):
+            inference.blocks_forward(inference.Layers([layer], [cache]), batch, x)
     with pytest.raises(ValueError, match="does not fit"):
         inference.feed_forward(layer, random(3, 32))
 

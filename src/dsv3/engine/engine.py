@@ -224,7 +224,11 @@ class Engine:
         return self._grammars
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence take part in the following steps, as soon as there is a place for it."""
+        """Let a sequence take part in the following steps, as soon as there is a place for it.
+
+        Until the next one is added, nobody must replace the model's weights or modules.
+        """
+        self.runner.look_again()
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:

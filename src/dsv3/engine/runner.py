@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv3.model import FlatBatch, Piece, Transformer
 from dsv3.model.flat import SHORT
+from dsv3.model.fused import Network
 
 
 class ModelRunner:
@@ -25,6 +26,11 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.alone = alone
+        self._network: Network | None = None
+
+    def look_again(self) -> None:
+        """Somebody may have changed the model since the last step."""
+        self._network = None
 
     def run(self, pieces: Seq[Piece], token_ids: Seq[list[int]]) -> list[Tensor]:
         """Put each piece's tokens through the model. Returns hidden states [new, hidden] for each."""
@@ -55,10 +61,12 @@ class ModelRunner:
         return self.model.logits_flat(rows)
 
     def _forward(self, pieces: Seq[Piece], forward: Callable[[FlatBatch, list[int]], Tensor]) -> list[Tensor]:
+        if self._network is None:
+            self._network = Network(self.model.layers, self.cache)
         order = sorted(range(len(pieces)), key=lambda i: pieces[i].new > SHORT)
         results: dict[int, Tensor] = {}
         for members in [[i] for i in order] if self.alone else [order]:
-            batch = FlatBatch.lay([pieces[i] for i in members], self.cache)
+            batch = FlatBatch.lay([pieces[i] for i in members], self.cache, network=self._network)
             hidden = forward(batch, members).split([pieces[i].new for i in members])
             results.update(zip(members, hidden, strict=True))
         return [results[i] for i in range(len(pieces))]

@@ -43,6 +43,40 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
     return out[..., :narrow]
 
 
+def prompt_attention(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> Tensor:
+    """Attention in the plain form of the last tokens of a sequence, each of which sees all up to itself.
+
+    q: [tokens, heads, nope + rotary]; kv: [context, heads, nope + v_dim], of all tokens of the sequence each head's key
+    without position and its value; k_rope: [context, rotary], the rest of the key, the same for all heads; queries and
+    keys turned already. Returns [tokens, heads, v_dim].
+    """
+    tokens, heads, dim = q.shape
+    context, rotary = k_rope.shape
+    nope = dim - rotary
+    v_dim = kv.shape[-1] - nope
+    if kv.shape[:2] != (context, heads) or tokens > context or nope < 0 or v_dim < 1:
+        raise ValueError(
+            f"q {tuple(q.shape)}, kv {tuple(kv.shape)} and k_rope {tuple(k_rope.shape)} do not fit"
+        )
+    whole = nope % 16 == 0 and rotary % 16 == 0 and v_dim % 32 == 0
+    # torch's kernel is good where it has AMX; without, it is several times slower than ours.
+    if whole and usable(q, kv) and not torch.is_grad_enabled() and not torch.cpu._is_amx_tile_supported():
+        out = q.new_empty(tokens, heads, v_dim)
+        k_rope = k_rope if k_rope.stride(1) == 1 else k_rope.contiguous()
+        keys = kv.contiguous(), pointer(k_rope), k_rope.stride(0)
+        call(
+            "plain_attention", q.contiguous(), *keys, out, tokens, context, heads, nope, rotary, v_dim, scale
+        )
+        return out
+    mask = None
+    if tokens < context:  # the queries are the last rows of the causal triangle
+        mask = q.new_ones(tokens, context, dtype=torch.bool).tril(context - tokens)
+    k_nope, v = kv.split((nope, v_dim), dim=-1)
+    k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, heads, -1)), dim=-1)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return causal_attention(q, k, v, scale, None if mask is None else mask[None, None])[0].transpose(0, 1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     """Turn the pairs of x [..., rotary] by angles whose cos and sin broadcast to [..., rotary / 2].
 
@@ -196,6 +230,24 @@ def paged_latent_attention(
     latents = cache[tables[owners]].flatten(1, 2)
     seen = torch.arange(latents.shape[1], device=q.device) <= positions.unsqueeze(1)
     return latent_attention(q, latents, rank, scale, seen.unsqueeze(1))
+
+
+def span_latent_attention(
+    q: Tensor, cache: Tensor, blocks: Tensor, context: int, rank: int, scale: float
+) -> Tensor:
+    """The same of the last tokens of one sequence that has `context` of them, in these blocks [blocks] int64.
+
+    q: [tokens, heads, latent_dim]; returns [tokens, heads, rank].
+    """
+    tokens, heads, dim = q.shape
+    if usable(q, cache) and not torch.cpu._is_amx_tile_supported():
+        owners = blocks.new_zeros(tokens, dtype=torch.int32)
+        positions = torch.arange(context - tokens, context, device=blocks.device)
+        return paged_latent_attention(q, cache, blocks.int()[None], owners, positions, rank, scale)
+    mask = q.new_ones(tokens, context, dtype=torch.bool).tril(context - tokens)
+    rows = mask.repeat_interleave(heads, dim=0)[None]
+    latents = cache[blocks].flatten(0, 1)[None, :context]
+    return latent_attention(q.view(1, -1, dim), latents, rank, scale, rows).view(tokens, heads, rank)
 
 
 def per_head(x: Tensor, weight: Tensor, part: slice, transposed: bool = False) -> Tensor:

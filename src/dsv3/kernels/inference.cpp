@@ -9,6 +9,8 @@
 
 #include <omp.h>
 
+#include <optional>
+
 #include "products.h"
 
 namespace dsv3 {
@@ -122,62 +124,194 @@ struct Batch {
 
 namespace {
 
+// A block's scores of some rows, of which the first `sees` count, into weights relative to the highest score so
+// far. What a row has come to before has to be multiplied by `shrink`, which this function does to `totals`.
+void soften(int64_t from, int64_t to, const int64_t* sees, float scale, float* scores, bf16* weights, float* peaks,
+            float* shrink, float* totals) {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    for (int64_t r = from; r < to; r++) {
+        float* row = scores + r * BLOCK;
+        if (sees[r] < BLOCK)
+            for (int64_t i = sees[r] / LANES * LANES; i < BLOCK; i += LANES) {
+                const __mmask16 seen = __mmask16((1u << std::max<int64_t>(sees[r] - i, 0)) - 1);
+                _mm512_store_ps(row + i, _mm512_mask_load_ps(none, seen, row + i));
+            }
+        const __m512 top = _mm512_max_ps(_mm512_max_ps(_mm512_load_ps(row), _mm512_load_ps(row + 16)),
+                                         _mm512_max_ps(_mm512_load_ps(row + 32), _mm512_load_ps(row + 48)));
+        const float before = peaks[r];
+        peaks[r] = std::max(before, _mm512_reduce_max_ps(top) * scale);
+        shrink[r] = before - peaks[r];
+    }
+    for (int64_t r = from; r < to; r += LANES) {
+        const __mmask16 rows = __mmask16((1u << std::min(to - r, LANES)) - 1);
+        _mm512_mask_storeu_ps(shrink + r, rows, exponential(_mm512_maskz_loadu_ps(rows, shrink + r)));
+    }
+    for (int64_t r = from; r < to; r++) {
+        __m512 sum = _mm512_mul_ps(_mm512_load_ps(totals + r * LANES), _mm512_set1_ps(shrink[r]));
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const __m512 s = _mm512_load_ps(scores + r * BLOCK + i);
+            const __m512 power = exponential(_mm512_fmsub_ps(s, _mm512_set1_ps(scale), _mm512_set1_ps(peaks[r])));
+            store(weights + r * BLOCK + i, power);
+            sum = _mm512_add_ps(sum, power);
+        }
+        _mm512_store_ps(totals + r * LANES, sum);
+    }
+}
+
+// A sum that `mix` made over the total of its weights, in the order of columns.
+void straighten(const float* mixed, const float* totals, bf16* to, int64_t columns) {
+    const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_loadu_ps(totals)));
+    for (int64_t d = 0; d < columns; d += PAIR_ROW) {
+        const __m512 low = _mm512_loadu_ps(mixed + d), high = _mm512_loadu_ps(mixed + d + LANES);
+        for (int h = 0; h < 2; h++) store(to + d + h * LANES, _mm512_mul_ps(straight(low, high, h), inverse));
+    }
+}
+
 constexpr int64_t TASK_ROWS = 64;  // heads of tokens that read a block of the cache together
+constexpr int64_t SEGMENT = 8;     // blocks whose weighted sum is made by itself
 
 // Attention over the cache for `tokens` tokens from `first` on, q [tokens, heads, dim] and out [tokens, heads, rank].
-struct PagedAttention {
+//
+// A context is cut into segments, at places that are the same for everybody. What each gives, weights relative to its
+// own highest score, is merged in their order. So threads may share a long context among them, or one may go through
+// all of it, with the same result.
+class PagedAttention {
+    // Heads `head` .. head + width of `count` tokens, a row each.
+    struct Task {
+        const int32_t* mine;
+        int64_t head, width, count, rows, longest;
+    };
+    // What rows have come to so far: the sum of values, of weights (in 16 parts), and the highest score.
+    struct State {
+        float *mixed, *totals, *peaks;
+
+        static size_t bytes(int64_t rows, int64_t rank) {
+            return Scratch::bytes<float>(rows * rank) + Scratch::bytes<float>(rows * LANES) + Scratch::bytes<float>(rows);
+        }
+        State(Scratch& from, int64_t rows, int64_t rank)
+            : mixed(from.take<float>(rows * rank)), totals(from.take<float>(rows * LANES)), peaks(from.take<float>(rows)) {}
+        void clear(int64_t rows, int64_t rank) const {
+            std::fill(mixed, mixed + rows * rank, 0.0f);
+            std::fill(totals, totals + rows * LANES, 0.0f);
+            std::fill(peaks, peaks + rows, -INFINITY);
+        }
+    };
+
     const Batch& batch;
     const bf16* cache;
     const bf16* q;
     bf16* out;
-    int64_t first, tokens, heads, dim, rank;
+    int64_t heads, dim, rank;
     float scale;
-    std::vector<int32_t> order, starts;  // tokens, those that share blocks side by side; where each task's begin
-    int64_t chunk, chunks;               // heads to a task; tasks for the heads of a token
+    std::vector<int32_t> order;  // of tokens: those that share blocks side by side
+    std::vector<Task> tasks;
+    std::vector<int64_t> ends;  // of each task's segments, if threads share them: numbers up to which they are its own
+    std::vector<State> states;  // of all segments then
+
+public:
+    const int64_t first, tokens;
 
     PagedAttention(const Batch& batch, const bf16* cache, const bf16* q, bf16* out, int64_t first, int64_t tokens,
                    int64_t heads, int64_t dim, int64_t rank, float scale)
-        : batch(batch), cache(cache), q(q), out(out), first(first), tokens(tokens), heads(heads), dim(dim),
-          rank(rank), scale(scale), order(tokens) {
-        chunks = (heads + TASK_ROWS - 1) / TASK_ROWS;
-        chunk = (heads + chunks - 1) / chunks;
+        : batch(batch), cache(cache), q(q), out(out), heads(heads), dim(dim), rank(rank), scale(scale),
+          order(tokens), first(first), tokens(tokens) {
+        // Fewer rows where there would be less than two tasks for each thread, but no fewer than `dot` takes at once.
+        const int64_t threads = omp_get_max_threads(), share = (tokens * heads + 2 * threads - 1) / (2 * threads);
+        const int64_t most = threads == 1 ? TASK_ROWS : std::min((share + PASS - 1) / PASS * PASS, TASK_ROWS);
+        const int64_t chunks = (heads + most - 1) / most, chunk = (heads + chunks - 1) / chunks;
         for (int64_t i = 0; i < tokens; i++) order[i] = int32_t(i);
         // Whoever shares any block shares the first one.
         std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return table(a)[0] < table(b)[0]; });
+        std::vector<int32_t> starts;
         for (int64_t i = 0; i < tokens; i++)
-            if (!i || (i - starts.back() + 1) * chunk > TASK_ROWS || table(order[i])[0] != table(order[i - 1])[0])
+            if (!i || (i - starts.back() + 1) * chunk > most || table(order[i])[0] != table(order[i - 1])[0])
                 starts.push_back(int32_t(i));
+        for (size_t part = 0; part < starts.size(); part++)
+            for (int64_t head = 0; head < heads; head += chunk) {
+                Task task{&order[starts[part]], head, std::min(chunk, heads - head), 0, 0, 0};
+                task.count = (part + 1 < starts.size() ? starts[part + 1] : tokens) - starts[part];
+                task.rows = task.count * task.width;
+                for (int64_t t = 0; t < task.count; t++)
+                    task.longest = std::max(task.longest, batch.positions[first + task.mine[t]]);
+                tasks.push_back(task);
+            }
     }
-    const int32_t* table(int32_t token) const { return batch.tables + batch.owners[first + token] * batch.most_blocks; }
-    int64_t tasks() const { return int64_t(starts.size()) * chunks; }
 
-    // Heads `head` .. of some tokens, a row each. Blocks come one after the other; rows whose block is the same read
-    // it together. Each row's maximum, sum and mixture grow from block to block in the order of its own context.
-    void run(int64_t task) const {
+    // All of it, by all threads of a team together.
+    void together() {
+#pragma omp single
+        share_segments();
+        if (ends.empty()) {
+#pragma omp for schedule(dynamic)
+            for (size_t i = 0; i < tasks.size(); i++) alone(tasks[i]);
+            return;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < ends.back(); i++) {
+            const size_t task = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
+            states[i].clear(tasks[task].rows, rank);
+            attend(tasks[task], i - (task ? ends[task - 1] : 0), states[i]);
+        }
+#pragma omp for
+        for (size_t i = 0; i < tasks.size(); i++) {
+            const int64_t begin = i ? ends[i - 1] : 0;
+            for (int64_t other = begin + 1; other < ends[i]; other++) merge(tasks[i], states[begin], states[other]);
+            finish(tasks[i], states[begin]);
+        }
+    }
+
+private:
+    const int32_t* table(int32_t token) const { return batch.tables + batch.owners[first + token] * batch.most_blocks; }
+    static int64_t segments(const Task& task) { return task.longest / (BLOCK * SEGMENT) + 1; }
+
+    // Whether there are so few tasks that threads had better go through the segments of one together.
+    void share_segments() {
+        const int64_t threads = omp_get_num_threads();
+        int64_t most = 0;
+        size_t bytes = 0;
+        for (const Task& task : tasks) {
+            most = std::max(most, segments(task));
+            bytes += segments(task) * State::bytes(task.rows, rank);
+        }
+        if (threads == 1 || most == 1 || int64_t(tasks.size()) >= 4 * threads) return;
         thread_local Scratch scratch;
-        const int64_t part = task / chunks, head = task % chunks * chunk, width = std::min(chunk, heads - head);
-        const int32_t* mine = &order[starts[part]];
-        const int64_t count = (part + 1 < int64_t(starts.size()) ? starts[part + 1] : tokens) - starts[part];
-        const int64_t rows = count * width;
-        scratch.reserve(Scratch::bytes<bf16>(rows * dim) + Scratch::bytes<float>(rows * rank) +
-                        Scratch::bytes<float>(rows * LANES) + 2 * Scratch::bytes<float>(rows) +
+        scratch.reserve(bytes);
+        for (const Task& task : tasks) {
+            for (int64_t i = 0; i < segments(task); i++) states.emplace_back(scratch, task.rows, rank);
+            ends.push_back(int64_t(states.size()));
+        }
+    }
+
+    void alone(const Task& task) const {
+        thread_local Scratch scratch;
+        scratch.reserve(2 * State::bytes(task.rows, rank));
+        const State all(scratch, task.rows, rank), part(scratch, task.rows, rank);
+        all.clear(task.rows, rank);
+        attend(task, 0, all);
+        for (int64_t i = 1; i < segments(task); i++) {
+            part.clear(task.rows, rank);
+            attend(task, i, part);
+            merge(task, all, part);
+        }
+        finish(task, all);
+    }
+
+    // A segment of some rows' contexts. Blocks come one after the other; rows whose block is the same read it together.
+    // Each row's maximum, sum and mixture grow from block to block in the order of its own context.
+    void attend(const Task& task, int64_t segment, const State& state) const {
+        thread_local Scratch scratch;
+        const int32_t* mine = task.mine;
+        const int64_t width = task.width, count = task.count, rows = task.rows;
+        scratch.reserve(Scratch::bytes<bf16>(rows * dim) + Scratch::bytes<float>(rows) +
                         Scratch::bytes<float>(rows * BLOCK) + Scratch::bytes<bf16>(rows * BLOCK));
         bf16* queries = scratch.take<bf16>(rows * dim);
-        float* mixed = scratch.take<float>(rows * rank);
-        float* totals = scratch.take<float>(rows * LANES);
-        float* peaks = scratch.take<float>(rows);
         float* shrink = scratch.take<float>(rows);
         float* scores = scratch.take<float>(rows * BLOCK);
         bf16* weights = scratch.take<bf16>(rows * BLOCK);
-        int64_t longest = 0;
-        for (int64_t t = 0; t < count; t++) {
-            std::memcpy(queries + t * width * dim, q + (mine[t] * heads + head) * dim, width * dim * sizeof(bf16));
-            longest = std::max(longest, batch.positions[first + mine[t]]);
-        }
-        std::fill(mixed, mixed + rows * rank, 0.0f);
-        std::fill(totals, totals + rows * LANES, 0.0f);
-        std::fill(peaks, peaks + rows, -INFINITY);
-        for (int64_t b = 0; b <= longest / BLOCK; b++)
+        for (int64_t t = 0; t < count; t++)
+            std::memcpy(queries + t * width * dim, q + (mine[t] * heads + task.head) * dim, width * dim * sizeof(bf16));
+        const int64_t last = std::min((segment + 1) * SEGMENT, task.longest / BLOCK + 1);
+        for (int64_t b = segment * SEGMENT; b < last; b++)
             for (int64_t from = 0, to; from < count; from = to) {
                 to = from + 1;
                 int64_t seen = visible(mine[from], b);
@@ -198,61 +332,116 @@ struct PagedAttention {
                 });
                 int64_t sees[TASK_ROWS];
                 for (int64_t r = from * width; r < to * width; r++) sees[r] = visible(mine[r / width], b);
-                soften(from * width, to * width, sees, scores, weights, peaks, shrink, totals);
+                soften(from * width, to * width, sees, scale, scores, weights, state.peaks, shrink, state.totals);
                 in_passes((to - from) * width, MIXED, [&](int64_t r, int64_t n) {
                     const bool fetch = r == 0 && soon != keys;
                     r += from * width;
-                    mix(weights + r * BLOCK, BLOCK, n, keys, dim, seen, mixed + r * rank, rank, rank, shrink + r,
+                    mix(weights + r * BLOCK, BLOCK, n, keys, dim, seen, state.mixed + r * rank, rank, rank, shrink + r,
                         fetch ? soon + BLOCK / 2 * dim : nullptr);
                 });
             }
-        for (int64_t r = 0; r < rows; r++) {
-            const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_loadu_ps(totals + r * LANES)));
-            bf16* to = out + (mine[r / width] * heads + head + r % width) * rank;
-            for (int64_t d = 0; d < rank; d += PAIR_ROW) {
-                const __m512 low = _mm512_loadu_ps(mixed + r * rank + d);
-                const __m512 high = _mm512_loadu_ps(mixed + r * rank + d + LANES);
-                for (int h = 0; h < 2; h++)
-                    store(to + d + h * LANES, _mm512_mul_ps(straight(low, high, h), inverse));
-            }
+    }
+
+    // Adds to what rows have come to what the next segment gives.
+    void merge(const Task& task, const State& all, const State& part) const {
+        for (int64_t r = 0; r < task.rows; r++) {
+            if (part.peaks[r] == -INFINITY) continue;  // the row's context ends before
+            const float peak = std::max(all.peaks[r], part.peaks[r]);
+            const __m512 old = exponential(_mm512_set1_ps(all.peaks[r] - peak));
+            const __m512 added = exponential(_mm512_set1_ps(part.peaks[r] - peak));
+            const auto add = [&](float* to, const float* from) {
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(from), added, _mm512_mul_ps(_mm512_loadu_ps(to), old)));
+            };
+            add(all.totals + r * LANES, part.totals + r * LANES);
+            for (int64_t d = 0; d < rank; d += LANES) add(all.mixed + r * rank + d, part.mixed + r * rank + d);
+            all.peaks[r] = peak;
+        }
+    }
+
+    void finish(const Task& task, const State& state) const {
+        for (int64_t r = 0; r < task.rows; r++) {
+            bf16* to = out + (task.mine[r / task.width] * heads + task.head + r % task.width) * rank;
+            straighten(state.mixed + r * rank, state.totals + r * LANES, to, rank);
         }
     }
 
     int64_t visible(int32_t token, int64_t block) const {
         return std::min(BLOCK, batch.positions[first + token] + 1 - block * BLOCK);
     }
+};
 
-    // A block's scores of some rows, of which the first `sees` count, into weights relative to the highest score so
-    // far. What a row has come to before has to be multiplied by `shrink`, which this function does to `totals`.
-    void soften(int64_t from, int64_t to, const int64_t* sees, float* scores, bf16* weights, float* peaks,
-                float* shrink, float* totals) const {
-        const __m512 none = _mm512_set1_ps(-INFINITY);
-        for (int64_t r = from; r < to; r++) {
-            float* row = scores + r * BLOCK;
-            if (sees[r] < BLOCK)
-                for (int64_t i = sees[r] / LANES * LANES; i < BLOCK; i += LANES) {
-                    const __mmask16 seen = __mmask16((1u << std::max<int64_t>(sees[r] - i, 0)) - 1);
-                    _mm512_store_ps(row + i, _mm512_mask_load_ps(none, seen, row + i));
+// Attention in the plain form for the last `tokens` ones of a context.
+struct PlainAttention {
+    static constexpr int64_t ROWS = 128;  // tokens of a head that read keys and values together
+    const bf16 *q, *kv, *k_rope;          // [tokens, heads, nope + rotary], turned; [context, heads, nope + v_dim]; rows
+    int64_t rope_stride;                  // of [context, rotary], turned, so far apart
+    bf16* out;                            // [tokens, heads, v_dim]
+    int64_t tokens, context, heads, nope, rotary, v_dim;
+    float scale;
+
+    int64_t tasks() const { return heads * ((tokens + ROWS - 1) / ROWS); }
+
+    // The longest contexts come first, so that no thread is left with one in the end.
+    void run(int64_t task) const {
+        thread_local Scratch scratch;
+        const int64_t head = task % heads, first = ((tokens + ROWS - 1) / ROWS - 1 - task / heads) * ROWS;
+        const int64_t rows = std::min(ROWS, tokens - first), dim = nope + rotary, before = context - tokens + first;
+        const int64_t of_panel = dim / 2 * LANES, kv_stride = heads * (nope + v_dim);
+        scratch.reserve(Scratch::bytes<Pair>(BLOCK / LANES * of_panel) + Scratch::bytes<float>(rows * v_dim) +
+                        Scratch::bytes<float>(rows * LANES) + 2 * Scratch::bytes<float>(rows) +
+                        Scratch::bytes<float>(rows * BLOCK) + Scratch::bytes<bf16>(rows * BLOCK));
+        Pair* keys = scratch.take<Pair>(BLOCK / LANES * of_panel);
+        float* mixed = scratch.take<float>(rows * v_dim);
+        float* totals = scratch.take<float>(rows * LANES);
+        float* peaks = scratch.take<float>(rows);
+        float* shrink = scratch.take<float>(rows);
+        float* scores = scratch.take<float>(rows * BLOCK);
+        bf16* weights = scratch.take<bf16>(rows * BLOCK);
+        std::fill(mixed, mixed + rows * v_dim, 0.0f);
+        std::fill(totals, totals + rows * LANES, 0.0f);
+        std::fill(peaks, peaks + rows, -INFINITY);
+        for (int64_t key = 0; key < before + rows; key += BLOCK) {
+            const int64_t there = std::min(BLOCK, context - key), from = std::max<int64_t>(0, key - before);
+            const bf16* block = kv + key * kv_stride + head * (nope + v_dim);
+            for (int64_t g = 0; g < there; g += LANES) turn(block, key, g, there, keys + g / LANES * of_panel, kv_stride);
+            in_passes(rows - from, WIDE_PASS, [&](int64_t r, int64_t n) {
+                r += from;
+                const bf16* x = q + ((first + r) * heads + head) * dim;
+                for (int64_t g = 0; g < there; g += PAIR_ROW) {
+                    const Pair* w = keys + g / LANES * of_panel;
+                    float* to = scores + r * BLOCK + g;
+                    FOR_ROWS(6, n, (turned_tile<N, 2, false>(x, heads * dim, w, of_panel, dim, nullptr, to, BLOCK)))
                 }
-            const __m512 top = _mm512_max_ps(_mm512_max_ps(_mm512_load_ps(row), _mm512_load_ps(row + 16)),
-                                             _mm512_max_ps(_mm512_load_ps(row + 32), _mm512_load_ps(row + 48)));
-            const float before = peaks[r];
-            peaks[r] = std::max(before, _mm512_reduce_max_ps(top) * scale);
-            shrink[r] = before - peaks[r];
+            });
+            int64_t sees[ROWS];
+            for (int64_t r = from; r < rows; r++) sees[r] = std::min(BLOCK, before + r + 1 - key);
+            soften(from, rows, sees, scale, scores, weights, peaks, shrink, totals);
+            in_passes(rows - from, MIXED, [&](int64_t r, int64_t n) {
+                r += from;
+                mix(weights + r * BLOCK, BLOCK, n, block + nope, kv_stride, there, mixed + r * v_dim, v_dim, v_dim,
+                    shrink + r, nullptr);
+            });
         }
-        for (int64_t r = from; r < to; r += LANES) {
-            const __mmask16 rows = __mmask16((1u << std::min(to - r, LANES)) - 1);
-            _mm512_mask_storeu_ps(shrink + r, rows, exponential(_mm512_maskz_loadu_ps(rows, shrink + r)));
-        }
-        for (int64_t r = from; r < to; r++) {
-            __m512 sum = _mm512_mul_ps(_mm512_load_ps(totals + r * LANES), _mm512_set1_ps(shrink[r]));
-            for (int i = 0; i < BLOCK; i += LANES) {
-                const __m512 s = _mm512_load_ps(scores + r * BLOCK + i);
-                const __m512 power = exponential(_mm512_fmsub_ps(s, _mm512_set1_ps(scale), _mm512_set1_ps(peaks[r])));
-                store(weights + r * BLOCK + i, power);
-                sum = _mm512_add_ps(sum, power);
+        for (int64_t r = 0; r < rows; r++)
+            straighten(mixed + r * v_dim, totals + r * LANES, out + ((first + r) * heads + head) * v_dim, v_dim);
+    }
+
+    // Keys g .. g + 15 of a block as products read them; what lies behind the last of `there` is read again in its place.
+    void turn(const bf16* block, int64_t key, int64_t g, int64_t there, Pair* to, int64_t kv_stride) const {
+        bf16 copy[LANES][LANES];
+        for (int64_t d = 0; d < nope + rotary; d += LANES, to += LANES / 2 * LANES) {
+            const bool in_rope = d >= nope;
+            const bf16* from = in_rope ? k_rope + key * rope_stride + d - nope : block + d;
+            const int64_t stride = in_rope ? rope_stride : kv_stride;
+            __m512i pairs[8];
+            if (g + LANES <= there) {
+                turn_panel(Rows<bf16>(from + g * stride, stride), pairs);
+            } else {
+                for (int64_t i = 0; i < LANES; i++)
+                    std::memcpy(copy[i], from + std::min(g + i, there - 1) * stride, sizeof copy[i]);
+                turn_panel(Rows<bf16>(copy[0], LANES), pairs);
             }
-            _mm512_store_ps(totals + r * LANES, sum);
+            for (int j = 0; j < 8; j++) _mm512_store_si512(to + j * LANES, pairs[j]);
         }
     }
 };
@@ -332,6 +521,7 @@ class AttentionHalf {
     const int64_t dim = l.rank + l.rotary, qk = l.nope + l.rotary;
     bf16 *normed, *low, *latents, *queries, *absorbed, *mixed, *values;
     Input normed_in, low_in, values_in;
+    std::vector<PagedAttention> attentions;  // of each piece
 
     static int64_t form(std::initializer_list<const Matrix*> matrices) {
         int64_t found = AS_IT_IS;
@@ -362,22 +552,25 @@ public:
         normed_in = Input(normed, l.hidden, n, l.hidden, of_x, scratch);
         low_in = Input(low, l.q_rank, piece, l.q_rank, of_low, scratch);
         values_in = Input(values, v, piece, v, of_values, scratch);
-    }
-
-    void run() {
-        const int64_t n = batch.tokens;
-        int64_t products = n * (l.q_rank * l.hidden + l.hidden * dim + l.q_b.out * l.q_b.in + l.o.out * l.o.in +
-                                l.heads * l.rank * (l.nope + l.v_dim));
-        for (int64_t t = 0; t < n; t++) products += (batch.positions[t] + 1) * l.heads * (dim + l.rank);
-        std::vector<PagedAttention> attentions;
+        attentions.reserve((n + PIECE - 1) / PIECE);
         for (int64_t first = 0; first < n; first += PIECE)
             attentions.emplace_back(batch, cache, absorbed, mixed, first, std::min(PIECE, n - first), l.heads, dim,
                                     l.rank, l.scale);
-#pragma omp parallel num_threads(threads_for(products))
-        {
-            latents_into_cache();
-            for (const PagedAttention& attention : attentions) piece(attention);
-        }
+    }
+
+    static int64_t products(const Layer& l, const Batch& batch) {
+        const int64_t dim = l.rank + l.rotary;
+        int64_t context = 0;
+        for (int64_t t = 0; t < batch.tokens; t++) context += batch.positions[t] + 1;
+        return batch.tokens * (l.q_rank * l.hidden + l.hidden * dim + l.q_b.out * l.q_b.in + l.o.out * l.o.in +
+                               l.heads * l.rank * (l.nope + l.v_dim)) +
+               context * l.heads * (dim + l.rank);
+    }
+
+    // By all threads of a team together.
+    void together() {
+        latents_into_cache();
+        for (PagedAttention& attention : attentions) piece(attention);
     }
 
 private:
@@ -404,7 +597,7 @@ private:
         rotate(from, to, batch.cos + token * half, batch.sin + token * half, l.rotary, batch.interleave);
     }
 
-    void piece(const PagedAttention& attention) {
+    void piece(PagedAttention& attention) {
         const int64_t n = attention.tokens, first = attention.first;
         Input in = normed_in.from(first);
         if (l.q_rank) {
@@ -420,8 +613,7 @@ private:
         // (W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query ...
 #pragma omp for
         for (int64_t h = 0; h < l.heads; h++) absorb(h, n, first);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < attention.tasks(); task++) attention.run(task);
+        attention.together();
         // ... and the value's expansion to the weighted sum of latents.
         const int64_t of_head = l.v_dim / LANES;
 #pragma omp for
@@ -540,29 +732,34 @@ public:
     }
 
     void run() {
-        const int64_t experts = choices * l.expert_width + (shares ? n * l.width : 0);
-        const int64_t products = l.hidden * (3 * experts + (wave ? 0 : n * l.experts));
-#pragma omp parallel num_threads(threads_for(products))
-        {
-            normalize_all();
-            if (l.gate && !wave) choose_all();
+#pragma omp parallel num_threads(threads_for(products(l, n, choices, shares) + (wave ? 0 : n * l.hidden * l.experts)))
+        together();
+    }
+
+    static int64_t products(const Layer& l, int64_t n, int64_t choices, bool shares) {
+        return 3 * l.hidden * (choices * l.expert_width + (shares ? n * l.width : 0));
+    }
+
+    // By all threads of a team together.
+    void together() {
+        normalize_all();
+        if (l.gate && !wave) choose_all();
 #pragma omp single
-            share_out();
+        share_out();
 #pragma omp for
-            for (int64_t c = 0; c < choices; c++) gathered_in.copy_row(c, normed_in, sorted_tokens[c]);
+        for (int64_t c = 0; c < choices; c++) gathered_in.copy_row(c, normed_in, sorted_tokens[c]);
 #pragma omp for schedule(dynamic, 4)
-            for (int64_t panel = 0; panel < inner_panels; panel++) go_in(panel);
-            if (l.form) {
+        for (int64_t panel = 0; panel < inner_panels; panel++) go_in(panel);
+        if (l.form) {
+#pragma omp for nowait
+            for (int64_t c = 0; c < choices; c++) inner_in.prepare(c);
 #pragma omp for
-                for (int64_t c = 0; c < choices; c++) inner_in.prepare(c);
-#pragma omp for
-                for (int64_t t = 0; t < (shares ? n : 0); t++) shared_in.prepare(t);
-            }
-            const int64_t step = n > PASS ? 2 : 1;
-#pragma omp for schedule(dynamic, 4)
-            for (int64_t panel = 0; panel < l.hidden / LANES; panel += step)
-                come_out(panel, std::min(step, l.hidden / LANES - panel));
+            for (int64_t t = 0; t < (shares ? n : 0); t++) shared_in.prepare(t);
         }
+        const int64_t step = n > PASS ? 2 : 1;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t panel = 0; panel < l.hidden / LANES; panel += step)
+            come_out(panel, std::min(step, l.hidden / LANES - panel));
     }
 
 private:
@@ -726,10 +923,18 @@ void paged_attention(const bf16* q, const bf16* cache, const int32_t* tables, co
                      const int64_t* positions, bf16* out, int64_t tokens, int64_t heads, int64_t dim, int64_t rank,
                      int64_t most_blocks, float scale) {
     const Batch batch{tokens, positions, nullptr, owners, tables, most_blocks, nullptr, nullptr, 0};
-    const PagedAttention attention(batch, cache, q, out, 0, tokens, heads, dim, rank, scale);
+    PagedAttention attention(batch, cache, q, out, 0, tokens, heads, dim, rank, scale);
     int64_t pairs = 0;
     for (int64_t t = 0; t < tokens; t++) pairs += positions[t] + 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(pairs * heads * (dim + rank)))
+#pragma omp parallel num_threads(threads_for(pairs * heads * (dim + rank)))
+    attention.together();
+}
+
+// What PlainAttention says of its arguments.
+void plain_attention(const bf16* q, const bf16* kv, const bf16* k_rope, int64_t rope_stride, bf16* out, int64_t tokens,
+                     int64_t context, int64_t heads, int64_t nope, int64_t rotary, int64_t v_dim, float scale) {
+    const PlainAttention attention{q, kv, k_rope, rope_stride, out, tokens, context, heads, nope, rotary, v_dim, scale};
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(tokens * context * heads * (nope + rotary + v_dim)))
     for (int64_t task = 0; task < attention.tasks(); task++) attention.run(task);
 }
 
@@ -776,15 +981,36 @@ void feed_forward_wave(const Layer* layer, bf16* x, int64_t tokens, int32_t* cho
     }
 }
 
-// The first half of a layer, x [tokens, hidden] in place.
+// The first half of a layer, x [tokens, hidden] in place. The cache is the layer's, [blocks, 64, rank + rotary].
 void attention_half(const Layer* layer, const Batch* batch, bf16* x, bf16* cache) {
-    AttentionHalf(*layer, *batch, x, cache).run();
+    AttentionHalf half(*layer, *batch, x, cache);
+#pragma omp parallel num_threads(threads_for(AttentionHalf::products(*layer, *batch)))
+    half.together();
 }
 
-// A whole layer, x [tokens, hidden] in place. The cache is the layer's, [blocks, 64, rank + rotary].
-void block_forward(const Layer* layer, const Batch* batch, bf16* x, bf16* cache) {
-    AttentionHalf(*layer, *batch, x, cache).run();
-    feed_forward(layer, x, batch->tokens);
+// Whole layers one after the other, x [tokens, hidden] in place, each with its own cache. Threads are woken once for
+// all of them: a layer of a small model takes no longer than that.
+void blocks_forward(const Layer* const* layers, bf16* const* caches, int64_t count, const Batch* batch, bf16* x) {
+    const int64_t n = batch->tokens;
+    int64_t products = 0;
+    for (int64_t i = 0; i < count; i++)
+        products += AttentionHalf::products(*layers[i], *batch) +
+                    FeedForwardHalf::products(*layers[i], n, n * layers[i]->chosen, true);
+    std::optional<AttentionHalf> attention;
+    std::optional<FeedForwardHalf> feed_forward;
+#pragma omp parallel num_threads(threads_for(products))
+    for (int64_t i = 0; i < count; i++) {
+#pragma omp master
+        attention.emplace(*layers[i], *batch, x, caches[i]);
+#pragma omp barrier
+        attention->together();
+        for (int64_t first = 0; first < n; first += PIECE) {
+#pragma omp master
+            feed_forward.emplace(*layers[i], x + first * layers[i]->hidden, std::min(PIECE, n - first));
+#pragma omp barrier
+            feed_forward->together();
+        }
+    }
 }
 
 }  // extern "C"

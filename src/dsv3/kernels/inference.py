@@ -182,15 +182,30 @@ class Batch(ctypes.Structure):
         return batch
 
 
-def _check(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
-    if x.shape != (batch.tokens, layer.hidden) or cache.shape[1:] != (BLOCK, layer.rank + layer.rotary):
-        raise ValueError(f"x {tuple(x.shape)} and cache {tuple(cache.shape)} do not fit the layer")
+def _check_cache(layer: Layer, cache: Tensor) -> None:
+    fits = cache.shape[1:] == (BLOCK, layer.rank + layer.rotary) and cache.dtype == torch.bfloat16
+    if not fits or not cache.is_contiguous():
+        raise ValueError(f"a cache {tuple(cache.shape)} of {cache.dtype} does not fit the layer")
 
 
-def block_forward(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
-    """A whole layer on x [tokens, hidden], in place; the tokens' latents are written to cache [blocks, 64, latent_dim]."""
-    _check(layer, batch, x, cache)
-    call("block_forward", layer, batch, x, cache)
+class Layers:
+    """Layers one after the other and their caches, [blocks, 64, latent_dim] in bf16 each, for `blocks_forward`."""
+
+    def __init__(self, layers: Sequence[Layer], caches: Sequence[Tensor]) -> None:
+        for layer, cache in zip(layers, caches, strict=True):
+            _check_cache(layer, cache)
+        self.count, self.hidden = len(layers), layers[0].hidden if layers else 0
+        pointers = ctypes.c_void_p * self.count
+        self.layers = pointers(*map(ctypes.addressof, layers))
+        self.caches = pointers(*(cache.data_ptr() for cache in caches))
+        self.alive = layers, caches  # as long as their addresses are here
+
+
+def blocks_forward(layers: Layers, batch: Batch, x: Tensor) -> None:
+    """Whole layers on x [tokens, hidden], in place; the tokens' latents are written to each layer's cache."""
+    if x.shape != (batch.tokens, layers.hidden):
+        raise ValueError(f"x {tuple(x.shape)} does not fit the layers")
+    call("blocks_forward", layers.layers, layers.caches, layers.count, batch, x)
 
 
 def feed_forward(layer: Layer, x: Tensor) -> None:
@@ -201,8 +216,10 @@ def feed_forward(layer: Layer, x: Tensor) -> None:
 
 
 def attention_half(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
-    """A layer's first half on x [tokens, hidden], in place; the rest is as in `block_forward`."""
-    _check(layer, batch, x, cache)
+    """A layer's first half on x [tokens, hidden], in place; cache [blocks, 64, latent_dim] is the layer's own."""
+    _check_cache(layer, cache)
+    if x.shape != (batch.tokens, layer.hidden):
+        raise ValueError(f"x {tuple(x.shape)} does not fit the layer")
     call("attention_half", layer, batch, x, cache)
 
 

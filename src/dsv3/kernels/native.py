@@ -39,7 +39,8 @@ _FLAGS += ["-ffp-contract=off"]  # or the same function would round differently 
 _TARGETS = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 # What each kernel takes, a letter an argument: a contiguous tensor of bf16 (b), float32 (f), float64 (d), int64 (l) or int32 (i), a
-# bf16 `pointer` (p), a View (v), a reference to another structure (r), a whole number (n), a fraction (x).
+# bf16 `pointer` (p), a View (v), a reference to another structure or an array of pointers (r), a whole number (n), a
+# fraction (x).
 _SIGNATURES = {
     "attention_forward": "vvvvf" + "nnnnnx",
     "attention_backward": "vvvvf" + "vvvv" + "nnnnnx",
@@ -54,12 +55,13 @@ _SIGNATURES = {
     "combine_backward": "bblfbfnnn",
     "adamw": "fbbfnxxxxxx",
     "paged_attention": "bbiilb" + "nnnnnx",
+    "plain_attention": "bbpnb" + "nnnnnnx",
     "linear": "pnrbbn",
     "feed_forward": "rbn",
     "route": "rbnif",
     "feed_forward_wave": "rbniffnn",
     "attention_half": "rrbb",
-    "block_forward": "rrbb",
+    "blocks_forward": "rrnrb",
     "draw": "ffldfdlnn",
     "read_all": "lnl",
     "multiply_bf16": "nd",
@@ -85,7 +87,9 @@ class View(ctypes.Structure):
         return cls(x.data_ptr(), *x.stride()[:3])
 
 
-Argument = Tensor | View | ctypes.Structure | ctypes.c_void_p | int | float | None
+Argument = (
+    Tensor | View | ctypes.Structure | ctypes.Array[ctypes.c_void_p] | ctypes.c_void_p | int | float | None
+)
 
 
 def usable(*tensors: Tensor) -> bool:

@@ -310,10 +310,11 @@ template <class T>
     }
 }
 
-// ROWS rows of x with PANELS panels that `turn_panel` has turned, `panel_stride` pairs apart; out [ROWS, PANELS, 16].
+// ROWS rows of x with PANELS panels that `turn_panel` has turned, `panel_stride` pairs apart; out [ROWS, PANELS, 16], rows
+// `out_stride` apart.
 template <int ROWS, int PANELS, bool IS_SCALED>
 inline void turned_tile(const bf16* x, int64_t x_stride, const Pair* w, int64_t panel_stride, int64_t in,
-                        const float* const* scale, float* out) {
+                        const float* const* scale, float* out, int64_t out_stride) {
     __m512 sum[ROWS][PANELS], other[ROWS][PANELS];
     float totals[ROWS][PANELS][LANES];
     for (int r = 0; r < ROWS; r++)
@@ -356,7 +357,7 @@ inline void turned_tile(const bf16* x, int64_t x_stride, const Pair* w, int64_t 
     }
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++)
-            _mm512_storeu_ps(out + (r * PANELS + p) * LANES,
+            _mm512_storeu_ps(out + r * out_stride + p * LANES,
                              IS_SCALED ? _mm512_loadu_ps(totals[r][p]) : _mm512_add_ps(sum[r][p], other[r][p]));
 }
 
@@ -516,7 +517,7 @@ private:
         const bf16* from = m.kind == FP8 ? x.paired : x.x;
         const int64_t stride = m.kind == FP8 ? x.in : x.stride;
         const int64_t apart = m.in / 2 * LANES;
-#define TURNED(PANELS, SCALED) FOR_ROWS(6, n, (turned_tile<N, PANELS, SCALED>(from, stride, w, apart, m.in, scales, out)))
+#define TURNED(PANELS, SCALED) FOR_ROWS(6, n, (turned_tile<N, PANELS, SCALED>(from, stride, w, apart, m.in, scales, out, PANELS * LANES)))
         if (m.kind == FP8 && count == 2) TURNED(2, true)
         else if (m.kind == FP8) TURNED(1, true)
         else if (count == 2) TURNED(2, false)
@@ -532,7 +533,7 @@ private:
         }
         const bool nibbles = m.kind == INT4 && !turned[0];
         const int32_t* minus = m.kind == INT4 ? x.minus8 : x.minus128;
-        const int64_t ahead = fetch && !turned[0] ? 4096 : 0;
+        const int64_t ahead = fetch && !turned[0] ? 2048 : 0;
 #define INTEGERS(PANELS, NIBBLES) \
     FOR_ROWS(6, n, (integer_tile<N, PANELS, NIBBLES>(x, w, m.in, m.group, minus, out, ahead)))
         if (nibbles && count == 2) INTEGERS(2, true)

@@ -128,6 +128,29 @@ double weigh(const float* logits, float* weight, int64_t vocab, float temperatur
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
 
+// The word at which the running sum passes `target`, where no rule leaves any out; the last one if none does.
+int64_t passes(const float* weight, int64_t vocab, double target) {
+    double sum = 0;
+    int64_t last = -1;
+    for (int64_t i = 0; i < vocab; i += LANES) {
+        const __mmask16 there = i + LANES <= vocab ? 0xffff : __mmask16((1u << (vocab - i)) - 1);
+        const __m512 some = _mm512_maskz_loadu_ps(there, weight + i);
+        uint32_t found = _mm512_mask_cmp_ps_mask(there, some, _mm512_setzero_ps(), _CMP_GT_OQ);
+        if (!found) continue;
+        const double after = sum + _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(some)),
+                                                                      _mm512_cvtps_pd(_mm512_extractf32x8_ps(some, 1))));
+        const bool here = after > target;
+        for (; here && found && sum <= target; found &= found - 1) {
+            last = i + __builtin_ctz(found);
+            sum += weight[last];
+        }
+        if (here) return last;
+        last = i + 31 - __builtin_clz(found);
+        sum = after;
+    }
+    return last;
+}
+
 }  // namespace
 
 // logits [rows, vocab]; temperature, top_k (0: all), top_p, min_p and uniform, one of each a row; ids [rows] is
@@ -143,6 +166,10 @@ extern "C" void draw(const float* logits, const float* temperature, const int64_
             continue;
         }
         const bool limited = top_k[row] > 0 && top_k[row] < vocab, shared = top_p[row] < 1;
+        if (!limited && !shared && min_p[row] <= 0) {
+            ids[row] = passes(weight.data(), vocab, uniform[row] * all);
+            continue;
+        }
         for (float bound : {0x1p-8f, 0x1p-16f, 0.0f}) {
             words.gather(weight.data(), vocab, bound);
             if (limited ? int64_t(words.ids.size()) >= top_k[row] : shared && words.total >= top_p[row] * all) break;

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.kernels.attention import (
-    causal_attention,
-    latent_attention,
     paged_latent_attention,
     per_head,
+    prompt_attention,
     rotary_attention,
+    span_latent_attention,
 )
-from dsv3.model.flat import FlatBatch
+from dsv3.model.flat import FlatBatch, Span
 from dsv3.model.layers import RMSNorm
 from dsv3.model.rope import Rope
 
@@ -98,32 +98,19 @@ class LatentAttention(nn.Module):
         latent = torch.cat((compressed, rope.rotate(k_rope, cos, sin)), dim=-1)
         return q_nope, q_rope, latent
 
-    def _plain(self, q_nope: Tensor, q_rope: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention with keys and values expanded from the latents of one sequence, [context, latent_dim].
+    def _plain(self, q_nope: Tensor, q_rope: Tensor, context: Tensor) -> Tensor:
+        """Attention of the last tokens of one sequence with keys and values expanded from its latents [context, latent_dim].
 
-        Queries are [tokens, heads, ...], mask is [tokens, context]; returns [tokens, heads * v].
+        Queries are [tokens, heads, ...]; returns [tokens, heads * v].
         """
-        k, v = self._keys_values(context)
-        q, k, v = (t.transpose(0, 1)[None] for t in (torch.cat((q_nope, q_rope), dim=-1), k, v))
-        out = causal_attention(q, k, v, self.scale, None if mask is None else mask[None, None])
-        return out[0].transpose(0, 1).flatten(1)
-
-    def _keys_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [..., heads, qk_dim] and values [..., heads, v] expanded from latents [..., latent_dim]."""
-        compressed, k_rope = latent.split((self.rank, self.rotary), dim=-1)
+        compressed, k_rope = context.split((self.rank, self.rotary), dim=-1)
         kv = self.kv_b_proj(compressed).unflatten(-1, (self.heads, self.nope + self.v_dim))
-        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
-        return torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1), v
+        return prompt_attention(torch.cat((q_nope, q_rope), dim=-1), kv, k_rope, self.scale).flatten(1)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """The same over the latents of one sequence, [context, latent_dim].
-
-        Queries are [tokens, heads, ...], mask is [tokens, context]; returns [tokens, heads * v].
-        """
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, span: Span) -> Tensor:
+        """The same over the latents themselves, wherever in the cache they lie."""
         q = self._absorb(q_nope, q_rope)
-        rows = mask.repeat_interleave(self.heads, dim=0)
-        out = latent_attention(q.flatten(0, 1)[None], context[None], self.rank, self.scale, rows[None])
-        return self._expand(out[0].unflatten(0, q.shape[:2]))
+        return self._expand(span_latent_attention(q, cache, span.blocks, span.context, self.rank, self.scale))
 
     def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
         """(W_k c) . q = c . (W_k^T q): the key's expansion moves over to the query, [tokens, heads, latent_dim]."""
@@ -149,15 +136,12 @@ class LatentAttention(nn.Module):
             parts.append(self._expand(paged_latent_attention(q, *where, self.rank, self.scale)))
         for span in batch.spans:
             new = span.tokens.stop - span.tokens.start
-            past = cache[span.blocks].flatten(0, 1)[: span.context]
-            mask = None
-            if new < span.context:  # the queries are the last rows of the causal triangle
-                mask = past.new_ones(new, span.context, dtype=torch.bool).tril(span.context - new)
             q_parts = q_nope[span.tokens], q_rope[span.tokens]
-            if mask is not None and self._absorbed_is_cheaper(new):
-                parts.append(self._absorbed(*q_parts, past, mask))
+            if new < span.context and self._absorbed_is_cheaper(new):
+                parts.append(self._absorbed(*q_parts, cache, span))
             else:
-                parts.append(self._plain(*q_parts, past, mask))
+                past = cache[span.blocks].flatten(0, 1)[: span.context]
+                parts.append(self._plain(*q_parts, past))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _absorbed_is_cheaper(self, new: int) -> bool:

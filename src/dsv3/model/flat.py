@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dsv3.kernels.inference import Batch
+
+if TYPE_CHECKING:
+    from dsv3.model.fused import Network
 
 SHORT = 16
 """New tokens of one sequence up to which each of them attends by itself, straight from the blocks. One is decoding,
@@ -68,17 +71,31 @@ class FlatBatch:
     short_blocks: int
     """The most blocks that a short piece looks at."""
     spans: tuple[Span, ...]
+    network: Network | None = None
+    """The model's layers as `dsv3.model.fused` has looked at them before, if nobody has changed the model since."""
     native: list[Batch] = field(default_factory=list, repr=False, compare=False)
     """What `dsv3.model.fused` makes of this once, for all layers."""
 
     @classmethod
-    def lay(cls, pieces: Sequence[Piece], cache: Sequence[Tensor], short: int = SHORT) -> FlatBatch:
+    def lay(
+        cls,
+        pieces: Sequence[Piece],
+        cache: Sequence[Tensor],
+        short: int = SHORT,
+        network: Network | None = None,
+    ) -> FlatBatch:
         """Pieces in the order of their tokens; those of up to `short` tokens must come before all longer ones."""
         device, size = cache[0].device, cache[0].shape[1]
         used = [-(-piece.end // size) for piece in pieces]
         tables = np.zeros((len(pieces), max(used)), dtype=np.int32)
         for row, (piece, blocks) in enumerate(zip(pieces, used, strict=True)):
             tables[row, :blocks] = piece.blocks[:blocks]
+        on_device = torch.from_numpy(tables).to(device)
+        if short and all(piece.new == 1 for piece in pieces):  # decoding: the same with less ado
+            places = [piece.blocks[piece.start // size] * size + piece.start % size for piece in pieces]
+            rows = torch.tensor([[piece.start for piece in pieces], places], device=device)
+            each = torch.arange(len(pieces), dtype=torch.int32, device=device)
+            return cls(rows[0], rows[1], each, on_device, cache, len(pieces), max(used), (), network)
         counts = np.array([piece.new for piece in pieces])
         owners = np.arange(len(pieces)).repeat(counts)
         before = counts.cumsum() - counts
@@ -88,7 +105,6 @@ class FlatBatch:
 
         few = sum(piece.new <= short for piece in pieces)
         flat = torch.from_numpy(np.stack([positions, slots])).to(device)
-        on_device = torch.from_numpy(tables).to(device)
         spans = tuple(
             Span(slice(first, first + piece.new), on_device[row, : used[row]].long(), piece.end)
             for row, (piece, first) in enumerate(zip(pieces, before.tolist(), strict=True))
@@ -103,4 +119,5 @@ class FlatBatch:
             short=int(counts[:few].sum()),
             short_blocks=max(used[:few], default=0),
             spans=spans,
+            network=network,
         )

@@ -8,10 +8,10 @@ dtypes and devices, odd sizes, layers that somebody replaced) goes the way of th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
-from functools import partial
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +21,9 @@ from dsv3.kernels.inference import (
     BLOCK,
     Batch,
     Layer,
+    Layers,
     attention_half,
-    block_forward,
+    blocks_forward,
     feed_forward,
     feed_forward_wave,
     route,
@@ -42,31 +43,77 @@ _DEAR = 1.5
 """How much a pair of tokens may cost in absorbed form, relative to the plain one, for prompts to take it."""
 
 
+class Network:
+    """Blocks one after the other, each with its cache, looked at once.
+
+    Whether a block still is what the kernels were given takes longer to ask than a small layer to compute. Who knows that
+    nobody replaces weights or modules between two steps keeps one of these; should somebody do it all the same, then the
+    steps go on with the weights that were there.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], cache: Sequence[Tensor]) -> None:
+        self.whole: Layers | None = None
+        """All of it in one call; None if any block has to be done otherwise."""
+        self.absorbs_cheaply = True
+        self.weights: list[torch.UntypedStorage] = []
+        layers, caches = [], []
+        for block in cast("Iterable[Block]", blocks):
+            layer, own = _layer(block), cache[block.self_attn.layer]
+            if layer is None or not _fits(own) or _stored(block) is not None:
+                return
+            layers.append(layer)
+            caches.append(own)
+            self.absorbs_cheaply &= _absorbs_cheaply(block)
+            self.weights += [tensor.untyped_storage() for tensor in _known[block].tensors]
+        self.whole = Layers(layers, caches)
+
+    def forward(
+        self, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor], batch: FlatBatch
+    ) -> Tensor | None:
+        """x [tokens, hidden] through all blocks, or None if any of them has to be done otherwise."""
+        if self.whole is None or not _takes(x) or (batch.spans and not self.absorbs_cheaply):
+            return None
+        x = x.clone(memory_format=torch.contiguous_format)  # which becomes the result
+        blocks_forward(self.whole, _native(batch, rope, angles), x)
+        return x
+
+
 def forward(
     block: Block, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor], batch: FlatBatch
 ) -> Tensor | None:
-    """`block` on x [tokens, hidden], or None if it has to be done otherwise."""
-    if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or not usable(x):
+    """One block, in halves that go different ways if need be; None if both have to be done otherwise."""
+    if not _takes(x):
         return None
-    cache, layer = batch.cache[block.self_attn.layer], _layer(block)
-    if layer is None or cache.dtype != x.dtype or cache.shape[1] != BLOCK:
+    done = Network((block,), batch.cache).forward(x, rope, angles, batch)
+    if done is not None:
+        return done
+    layer, cache = _layer(block), batch.cache[block.self_attn.layer]
+    if layer is None:
         return None
-    if batch.spans and not _absorbs_cheaply(block):
-        if not layer.form and torch.cpu._is_amx_tile_supported():
-            return None  # oneDNN multiplies bf16 with it, and we do not
+    if _fits(cache) and (not batch.spans or _absorbs_cheaply(block)):
+        x = x.clone(memory_format=torch.contiguous_format)
+        attention_half(layer, _native(batch, rope, angles), x, cache)
+    elif not layer.form and torch.cpu._is_amx_tile_supported():
+        return None  # oneDNN multiplies bf16 with it, and we do not
+    else:
         x = x + block.self_attn(block.input_layernorm(x), rope, angles, None, batch)
-        _feed_forward(block, layer, x)
-        return x
+    _feed_forward(block, layer, x)
+    return x
+
+
+def _takes(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and usable(x)
+
+
+def _fits(cache: Tensor) -> bool:
+    return cache.dtype == torch.bfloat16 and cache.shape[1] == BLOCK
+
+
+def _native(batch: FlatBatch, rope: Rope, angles: tuple[Tensor, Tensor]) -> Batch:
     if not batch.native:
         where = batch.positions, batch.slots, batch.owners, batch.tables
         batch.native.append(Batch.of(*where, angles, rope.interleave))
-    x = x.clone(memory_format=torch.contiguous_format)  # which becomes the result
-    if _stored(block) is None:
-        block_forward(layer, batch.native[0], x, cache)
-    else:
-        attention_half(layer, batch.native[0], x, cache)
-        _feed_forward(block, layer, x)
-    return x
+    return batch.native[0]
 
 
 def _stored(block: Block) -> StoredExperts | None:
@@ -118,30 +165,30 @@ class _Known:
     """A block's layer, or None if the kernels cannot take it, and all it was made of."""
 
     def __init__(self, block: Block) -> None:
-        members = [
-            (held, name)
-            for module in block.modules()
-            for held in (module._modules, module._parameters, module._buffers)
-            for name in held
-        ]
-        if isinstance(block.mlp, MoE):
-            members.append((vars(block.mlp.experts), "linear"))
-        self.look_up = [partial(held.get, name) for held, name in members]
-        self.parts = [get() for get in self.look_up]
-        self.hooks = [h for m in block.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        modules = list(block.modules())
+        self.held = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
+        self.experts = block.mlp.experts if isinstance(block.mlp, MoE) else None
+        self.parts = self._parts()
+        self.tensors = [part for part in self.parts if isinstance(part, Tensor)]
+        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
+        self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooked = any(self.hooks)
-        self.where = [tensor.data_ptr for tensor in self.parts if isinstance(tensor, Tensor)]
-        self.addresses = [get() for get in self.where]
         self.layer: Layer | None = None
         with suppress(ValueError):
             self.layer = _make(block)
 
+    def _parts(self) -> list[object]:
+        parts: list[object] = [part for held in self.held for part in held.values()]
+        parts.append(self.experts and self.experts.linear)
+        return parts
+
     @property
     def holds(self) -> bool:
         """Whether no part was replaced since, and no weight moved. Asked for each layer in every step."""
-        same = all(map(is_, [get() for get in self.look_up], self.parts))
+        parts = self._parts()
+        same = len(parts) == len(self.parts) and all(map(is_, parts, self.parts))
         same = same and any(self.hooks) == self.hooked
-        return same and [get() for get in self.where] == self.addresses
+        return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
 
 
 _known: WeakKeyDictionary[Block, _Known] = WeakKeyDictionary()

@@ -50,7 +50,8 @@ class Rope:
         if device not in self.frequencies:
             self.frequencies[device] = self.frequencies[torch.device("cpu")].to(device)
         angles = positions.unsqueeze(-1).float() * self.frequencies[device]
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`dsv3.kernels.attention.rotate` with this model's order of pairs."""

@@ -235,9 +235,13 @@ class Transformer(nn.Module):
         """
         angles = self.rope(batch.positions)
         hidden = self.embed_tokens(input_ids)
-        for block in self.layers:
-            hidden = block(hidden, self.rope, angles, batch=batch)
-        normed: Tensor = self.norm(hidden)
+        network = batch.network or fused.Network(self.layers, batch.cache)
+        done = network.forward(hidden, self.rope, angles, batch)
+        if done is None:
+            done = hidden
+            for block in self.layers:
+                done = block(done, self.rope, angles, batch=batch)
+        normed: Tensor = self.norm(done)
         return normed
 
     def logits_flat(self, hidden: Tensor) -> Tensor:

@@ -155,7 +155,10 @@ class ContextAttention(LatentAttention):
             return super().forward(x, rope, angles, mask, batch)
         q_nope, q_rope, latent = self._project(x, rope, angles)
         seq = mask.shape[-1] + self.ahead
-        k, v = self._keys_values(self.context.gather(latent, seq, self.ahead))
+        latents, k_rope = self.context.gather(latent, seq, self.ahead).split((self.rank, self.rotary), dim=-1)
+        kv = self.kv_b_proj(latents).unflatten(-1, (self.heads, self.nope + self.v_dim))
+        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         q, k, v = (t.transpose(1, 2) for t in (torch.cat((q_nope, q_rope), dim=-1), k, v))
         outs, done = [], 0
         for first, end in self.context.layout(seq, self.ahead, x.device)[2]:
