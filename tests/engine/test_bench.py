@@ -110,3 +110,39 @@ def test_reading_reads_all_of_it() -> None:
         total = torch.empty(1, dtype=torch.int64)
         native.call("read_all", numbers, n, total)
         assert total.item() == numbers.sum().item(), n
+
+
+def test_experts_count_when_layers_go_the_native_way_and_with_many_who_read() -> None:
+    """Gates are asked in a step that goes the modules' way; no sequence ends while others still read their prompts."""
+    config = CONFIG.replace(
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=16,
+    )
+    whole = Transformer(config)
+    whole.init_weights()
+    whole = whole.bfloat16().eval()
+    sizes = sizes_of(whole)
+    if native.library() is not None:
+        assert whole.batch_invariant
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv3.engine.bench.STEP", 64)
+        (work,) = bench(whole, prompt=0, depths=[100], batches=[5], tokens=2, repeats=2)
+    least = sizes.fixed + sizes.routed * config.num_experts_per_tok / (config.n_routed_experts or 1)
+    assert work.cost.read > least, "some of the experts and the cache"
+
+
+def test_what_memory_has_no_room_for_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv3.engine.bench.fitting_tokens", lambda *a, **k: 1000)
+    with pytest.raises(
+        UserError, match=r"8 sequences of 1.. tokens take 1024 of the cache, but .* room for 1000"
+    ):
+        next(bench(model(), prompt=5, depths=[0], batches=[1, 8], tokens=32, repeats=3))
+    with pytest.raises(UserError, match="speculation is 'foo'"):
+        bench(model(), speculation="foo")  # type: ignore[arg-type]

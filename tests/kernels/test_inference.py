@@ -287,6 +287,28 @@ def test_attention_of_sequences_that_begin_in_the_same_blocks() -> None:
     assert error(out, exactly(given)) < 4e-3
 
 
+@pytest.mark.parametrize("heads, dim, rank", HEADS)
+def test_threads_share_a_long_context(heads: int, dim: int, rank: int) -> None:
+    """A few tokens, several segments each: the same bits from one thread, which takes them one after the other."""
+    long = max(1700, 7_000_000 // (heads * (dim + rank)))  # or one thread would do all of it
+    given = case([long, 512, 40, 513], heads, dim, rank, new=2)
+    ours = paged_latent_attention(*given)
+    assert error(ours, exactly(given)) < 4e-3
+    q, cache, tables, owners, positions, *rest = given
+    for few in (slice(0, 1), slice(0, 8)):
+        some = q[few], cache, tables, owners[few], positions[few]
+        for count in (2, 3):
+            with threads(count):
+                assert torch.equal(paged_latent_attention(*some, *rest), ours[few])
+
+
+def test_no_tokens() -> None:
+    q, cache, tables, owners, positions, *rest = case([70], 3, 64, 32)
+    with threads(2):
+        none = paged_latent_attention(q[:0], cache, tables, owners[:0], positions[:0], *rest)
+    assert none.shape == (0, 3, 32)
+
+
 def test_weights_far_apart() -> None:
     """Softmax over scores of hundreds: the highest of a later block makes all before it vanish, or the other way."""
     q, cache, tables, owners, positions, rank, _ = case([256, 256], 4, 96, 64)
@@ -302,6 +324,14 @@ def test_attention_shows_what_is_not_a_number() -> None:
     assert out[0].isfinite().all() and out[1].isnan().any(-1).all()
     q[0, 2, 5] = math.nan
     assert paged_latent_attention(*given)[0].isnan().all(-1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("place", [64, 512, 563, 575])
+def test_attention_shows_what_is_not_a_number_in_a_later_segment(place: int) -> None:
+    given = case([580, 100], 4, 96, 64)
+    given[1][int(given[2][0, place // 64]), place % 64, 3] = math.nan
+    out = paged_latent_attention(*given)
+    assert out[0].isnan().any(-1).all() and out[1].isfinite().all()
 
 
 # What layers are given -------------------------------------------------------------------------------------
@@ -330,6 +360,16 @@ def test_layers_refuse_what_they_would_misread() -> None:
     batch = inference.Batch.of(numbers, numbers, few, few[None], angles, True)
     with pytest.raises(ValueError, match="int32 is wanted"):
         inference.Batch.of(numbers, numbers, numbers, few[None], angles, True)
+    for short in ((numbers[:2], few), (numbers, few[:2])):
+        with pytest.raises(ValueError, match="do not fit"):
+            inference.Batch.of(numbers, *short, few[None], angles, True)
+    with pytest.raises(ValueError, match="do not fit"):
+        inference.Batch.of(numbers, numbers, few, few[None], (angles[0], angles[1][:2]), True)
+    narrow = inference.Batch.of(
+        numbers, numbers, few, few[None], (torch.zeros(3, 8), torch.zeros(3, 8)), True
+    )
+    with pytest.raises(ValueError, match="angles for 16 numbers does not fit"):
+        inference.blocks_forward(inference.Layers([layer], [random(1, 64, 64)]), narrow, random(3, 64))
     for x, cache in ((random(2, 64), random(1, 64, 64)), (random(3, 64), random(1, 32, 64))):
         with pytest.raises(ValueError, match="does not fit"):
             inference.blocks_forward(inference.Layers([layer], [cache]), batch, x)

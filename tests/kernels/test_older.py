@@ -25,8 +25,13 @@ def test_older_processors(kind: str) -> None:
     if kind == "avx512" and not torch.cpu._is_avx512_supported():
         pytest.skip("no AVX-512 here")
     here = Path(__file__).parent
-    names = ("inference", "native", "sampling", "older") if kind == "avx2" else ("inference", "older")
+    names = (
+        ["inference", "older"]
+        if kind == "avx512"
+        else ["inference", "native", "sampling", "attention", "older"]
+    )
     files = [str(here / f"test_{name}.py") for name in names]
+    files += [str(here.parent / "model" / "test_fused.py")] if kind == "avx2" else []
     choice = ["-rs", "-p", "no:cacheprovider", "-k", "not no_warnings and not older_processors"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *files, *choice],
@@ -42,6 +47,11 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     for choice, target in (KINDS | {"0": None, "": "native", "1": "native"}).items():
         monkeypatch.setenv("DSV3_NATIVE", choice)
         assert native._target() == target
+    monkeypatch.setenv("DSV3_NATIVE", "avx512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert native._target() is None
+    monkeypatch.setenv("DSV3_NATIVE", "avx2")
+    assert native._target() == "x86-64-v3"
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
     assert native._target() is None
 

@@ -361,6 +361,7 @@ def test_ties_and_undefined_logits_still_choose_different_experts(device: str) -
     logits[2, 3] = float("nan")
     _, indices, weights = routing.route(logits, None, 4, groups=4, topk_group=2)
     assert indices[0].tolist() == [0, 1, 2, 3]
+    assert indices[2, 0] == 3, "what is not a number is seen"
     assert all(len(set(row)) == 4 and set(row) <= set(range(16)) for row in indices.tolist())
     torch.testing.assert_close(weights[0].cpu(), torch.full((4,), 0.25))
 

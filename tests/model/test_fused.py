@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
+from dsv3.engine.engine import Engine
+from dsv3.engine.sampling import SamplingParams
 from dsv3.kernels import native
 from dsv3.model import FlatBatch, Piece, Transformer, fused
 from dsv3.model.layers import FeedForward
@@ -115,6 +117,16 @@ def test_the_same_bits_however_a_prompt_is_cut(name: str) -> None:
     assert whole.isfinite().all()
     for cuts in ([1] * 140, [64, 1, 70, 5], [17] * 8 + [4]):
         assert torch.equal(pieces_of(model, ids, cuts, table, cache_for(config)), whole)
+
+
+def test_prompts_longer_than_what_is_taken_at_once() -> None:
+    """Attention takes 512 tokens at a time, the experts 1,024."""
+    config = CONFIG.replace(max_position_embeddings=2048)
+    model, ids = bf16(config), random_ids(config, 1, 1100)[0]
+    table = list(range(18))
+    whole = pieces_of(model, ids, [1100], table, cache_for(config, 18))
+    assert whole.isfinite().all()
+    assert torch.equal(pieces_of(model, ids, [400, 500, 200], table, cache_for(config, 18)), whole)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -245,6 +257,28 @@ def test_new_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = model.layers[1].self_attn
     attention.o_proj = nn.Sequential(attention.o_proj)
     assert fused.forward(model.layers[1], torch.zeros(5, 64).bfloat16(), *_where(model)) is None
+
+
+def test_an_engine_sees_new_weights_with_the_next_request() -> None:
+    """It looks at the model once for many steps; weights that are moved meanwhile stay where it knows them."""
+    prompt, params = [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=8)
+
+    def answer(engine: Engine, model: Transformer | None = None) -> list[int]:
+        request = engine.sequence(prompt, params)
+        engine.add(request)
+        while not request.finished:
+            engine.step()
+            if model is not None:
+                model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        return request.output_ids
+
+    model, other = bf16(CONFIG), random_model(CONFIG, seed=1).bfloat16()
+    first, wanted = answer(Engine(model)), answer(Engine(other))
+    assert first != wanted
+    engine = Engine(model, prefix_caching=False)
+    assert answer(engine, model) == first
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert answer(engine) == wanted
 
 
 def test_experts_that_multiply_in_their_own_way_do_so() -> None:

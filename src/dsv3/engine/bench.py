@@ -27,15 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.engine.ceilings import Ceilings
-from dsv3.engine.engine import Engine, Speculation
+from dsv3.engine.engine import Engine, Speculation, drafts
+from dsv3.engine.machine import fitting_tokens
 from dsv3.engine.sampling import SamplingParams
 from dsv3.engine.sequence import Sequence as Request
 from dsv3.errors import UserError
+from dsv3.kernels.inference import BLOCK
 from dsv3.model import Transformer
 from dsv3.model.layers import PackedLinear
 from dsv3.model.moe import Gate, MoE
 
 _WARM_UP = 3  # steps that are not counted
+STEP = 2048
+"""Tokens of prompts to a step of the engine, its own default."""
 
 
 @dataclass(frozen=True)
@@ -199,33 +203,46 @@ class _Bench:
     ) -> None:
         self.model, self.tokens, self.repeats = model, tokens, repeats
         self.speculation, self.threads = speculation, threads
+        self.guesses = drafts(speculation, model)
         self.sizes = sizes_of(model)
         self.generator = torch.Generator().manual_seed(0)
         self.device = model.embed_tokens.weight.device
 
     def all(self, prompt: int, depths: Sequence[int], batches: Sequence[int]) -> Iterator[Work]:
         most = self.model.config.max_position_embeddings
-        longest = max([prompt + 1, *(max(depth, 1) + self._new() for depth in depths)])
+        longest = max([prompt + 1, *(max(depth, 1) + self._new(depth, max(batches)) for depth in depths)])
         if longest > most:
             raise UserError(
                 f"{longest} tokens are asked for (the deepest of depths and what is decoded after it, or prompt), but "
                 f"the model's context is {most}: lower --depths, --tokens or --prompt"
             )
+        self._check_room(max(batches, default=1), longest)
         if prompt:
             yield self._prefill(prompt)
         for depth in depths:
             for batch in batches:
                 yield self._decode(depth, batch)
 
-    def _new(self) -> int:
-        """Tokens that a sequence may have after its prompt, all guesses right."""
-        guesses = {"off": 0, "auto": 1}.get(str(self.speculation), self.speculation)
-        return 1 + (_WARM_UP + self.repeats * self.tokens + 1) * (1 + int(guesses))
+    def _check_room(self, batch: int, longest: int) -> None:
+        weight = self.model.embed_tokens.weight
+        room = fitting_tokens(self.model.config, weight.dtype, weight.device, mtp=self.guesses > 0)
+        wanted = batch * -(-(longest + 2 * self.guesses) // BLOCK) * BLOCK
+        if room is not None and room < wanted:
+            raise UserError(
+                f"{batch} sequences of {longest} tokens take {wanted} of the cache, but memory has room for {room}: lower "
+                "--batch, --depths or --tokens"
+            )
+
+    def _new(self, depth: int, batch: int) -> int:
+        """Tokens that a sequence may have after its prompt, all guesses right; the first ones come while others still read."""
+        reading = batch + -(-batch * max(depth, 1) // STEP)
+        return (1 + reading + _WARM_UP + self.repeats * self.tokens + 1) * (1 + self.guesses)
 
     def _begin(self, batch: int, length: int, new: int) -> tuple[Engine, list[Request]]:
         engine = Engine(
             self.model,
             max_num_seqs=batch,
+            max_batched_tokens=STEP,
             max_model_len=length + new,
             speculation=self.speculation,
             prefix_caching=False,
@@ -256,7 +273,7 @@ class _Bench:
         return Work("prefill", prompt, 1, [prompt / seconds for seconds in times], prompt, cost)
 
     def _decode(self, depth: int, batch: int) -> Work:
-        engine, requests = self._begin(batch, max(depth, 1), self._new())
+        engine, requests = self._begin(batch, max(depth, 1), self._new(depth, batch))
         self._read(engine, requests)
         for _ in range(_WARM_UP):
             engine.step()
@@ -272,7 +289,10 @@ class _Bench:
             samples.append((after - before) / seconds)
             contexts.append(max(depth, 1) * batch + (before + after) // 2)
         with _counting(self.model) as touched:
+            engine.runner.look_again()
             engine.step()
+        if any(request.finished for request in requests):
+            raise AssertionError("a sequence came to its end while it was measured")
         context = round(statistics.mean(contexts))
         cost = self.sizes.cost(batch, batch, context, context, _mean(touched), absorbed=True)
         return Work("decode", depth, batch, samples, batch, cost)
@@ -303,6 +323,7 @@ def _counting(model: Transformer) -> Iterator[list[float]]:
 
 
 def _mean(shares: list[float]) -> float:
+    """0 for a model without gates."""
     return statistics.mean(shares) if shares else 0.0
 
 

@@ -100,9 +100,15 @@ def plan(
     def blocks(tokens: int) -> int:
         return -(-(tokens + 2 * drafts) // BLOCK) * BLOCK
 
+    def step(batched: int) -> int:
+        """Bytes that it has in memory for a while. On a GPU the machine's own memory has the experts' share alone."""
+        if not resident:
+            return _expert_bytes(config, dtype, batched)
+        return _working_bytes(config, dtype, batched, max_num_seqs * (1 + drafts))
+
     def spent(batched: int, context: int, room: int) -> Budget:
-        working = SPARE + _working_bytes(config, dtype, batched, max_num_seqs * (1 + drafts))
-        working += context * expanded
+        working = SPARE + step(batched) + context * expanded
+        working += _shared_bytes(config, dtype, context, max_num_seqs) if resident else 0
         left = memory - resident - working - room * of_token
         return Budget(resident, working, room, room * of_token, batched, max(left // files.slot_bytes, 0))
 
@@ -117,7 +123,7 @@ def plan(
             f"context, and {size(files.slot_bytes)} for each of {config.num_experts_per_tok} experts"
         )
     batched = max_batched_tokens
-    while batched > few and _working_bytes(config, dtype, batched, max_num_seqs) > (memory - resident) // 4:
+    while batched > few and step(batched) > (memory - resident) // 4:
         batched //= 2
     share = (memory - resident) // CACHE_PART
     context = min(max(share // max(of_token + expanded, 1), short), longest)
@@ -141,17 +147,34 @@ def _expanded_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def _working_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
     """What a step of so many tokens has in memory at once at most, and then logits of so many rows."""
-    number, hidden, width = dtype.itemsize, config.hidden_size, config.moe_intermediate_size
-    dense = max(config.intermediate_size, width * (config.n_shared_experts or 0))
-    chosen = config.num_experts_per_tok
-    native = dtype == torch.bfloat16 and library() is not None
-    together = min(tokens, 1024) if native else tokens  # kernels/inference.cpp takes them in pieces
-    one = hidden + 2 * dense + chosen * (hidden + width) * (1 if native else 2)
-    feed_forward = together * 2 * one * number + (0 if native else 3 * hidden * width * number)
+    number, hidden = dtype.itemsize, config.hidden_size
+    native = _native(dtype)
     heads = config.qk_head_dim * 4 + config.v_head_dim * 3
     attention = tokens * config.num_attention_heads * heads * number
     if native:
         heads = config.qk_head_dim + 2 * config.kv_lora_rank + config.qk_rope_head_dim + config.v_head_dim
         attention = max(attention, min(tokens, 512) * config.num_attention_heads * heads * number)
     stream = tokens * hidden * (4 + 6 * number) + (0 if native else 2 * SPARE)  # what oneDNN builds and keeps
-    return stream + feed_forward + attention + max(rows, 64) * config.vocab_size * 12
+    return stream + _expert_bytes(config, dtype, tokens) + attention + max(rows, 64) * config.vocab_size * 12
+
+
+def _expert_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
+    """The part of that which experts and other feed-forwards take."""
+    number, hidden, width = dtype.itemsize, config.hidden_size, config.moe_intermediate_size
+    dense = max(config.intermediate_size, width * (config.n_shared_experts or 0))
+    native = _native(dtype)
+    together = min(tokens, 1024) if native else tokens  # kernels/inference.cpp takes them in pieces
+    one = hidden + 2 * dense + config.num_experts_per_tok * (hidden + width) * (1 if native else 2)
+    return together * 2 * one * number + (0 if native else 3 * hidden * width * number)
+
+
+def _shared_bytes(config: ModelConfig, dtype: torch.dtype, context: int, sequences: int) -> int:
+    """What threads that share long contexts in decoding may take (PagedAttention in kernels/inference.cpp)."""
+    if not _native(dtype):
+        return 0
+    rows = min(sequences * config.num_attention_heads, 256 * torch.get_num_threads())
+    return min(rows * (context // 512) * (config.kv_lora_rank + 17) * 4, 1 << 26)
+
+
+def _native(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and library() is not None

@@ -85,7 +85,7 @@ class Engine:
         for name, value in counts.items():
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name} is {value!r}: it must be a whole number, at least 1")
-        self.drafts = _drafts(speculation, model)
+        self.drafts = drafts(speculation, model)
         lookahead = 2 * self.drafts
         fitting = fitting_tokens(config, weight.dtype, weight.device, mtp=self.drafts > 0)
         if fitting is None:  # nobody can tell: then nothing is too much
@@ -398,7 +398,7 @@ class Engine:
             self.finished[sequence.finish_reason or ""] += 1
 
 
-def _drafts(speculation: Speculation, model: Transformer) -> int:
+def drafts(speculation: Speculation, model: Transformer) -> int:
     """How many tokens to guess ahead. Raises UserError for what cannot be."""
     if speculation == "off" or (speculation == "auto" and not model.mtp):
         return 0

@@ -206,7 +206,9 @@ def paged_latent_attention(
 
     Where it is native a token's result is the same bits whatever other tokens there are.
     """
-    if cache.shape[1] == 64 and rank % 32 == 0 and usable(q, cache) and not torch.is_grad_enabled():
+    if not len(q):
+        return q.new_empty(*q.shape[:2], rank)
+    if _pages(q, cache, rank):
         out = q.new_empty(*q.shape[:2], rank)
         sizes = (*q.shape, rank, tables.shape[1])
         where = tables.contiguous(), owners, positions
@@ -232,6 +234,11 @@ def paged_latent_attention(
     return latent_attention(q, latents, rank, scale, seen.unsqueeze(1))
 
 
+def _pages(q: Tensor, cache: Tensor, rank: int) -> bool:
+    """Whether attention over blocks is native."""
+    return cache.shape[1] == 64 and rank % 32 == 0 and usable(q, cache) and not torch.is_grad_enabled()
+
+
 def span_latent_attention(
     q: Tensor, cache: Tensor, blocks: Tensor, context: int, rank: int, scale: float
 ) -> Tensor:
@@ -240,7 +247,7 @@ def span_latent_attention(
     q: [tokens, heads, latent_dim]; returns [tokens, heads, rank].
     """
     tokens, heads, dim = q.shape
-    if usable(q, cache) and not torch.cpu._is_amx_tile_supported():
+    if _pages(q, cache, rank) and not torch.cpu._is_amx_tile_supported():
         owners = blocks.new_zeros(tokens, dtype=torch.int32)
         positions = torch.arange(context - tokens, context, device=blocks.device)
         return paged_latent_attention(q, cache, blocks.int()[None], owners, positions, rank, scale)

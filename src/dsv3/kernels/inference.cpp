@@ -1,4 +1,4 @@
-// A block of the network for new tokens against their cache, on x86; called through ctypes by inference.py.
+// The layers of the network for new tokens against their cache, on x86; called through ctypes by inference.py.
 //
 // Everything rests on two products:
 //   Panels      x . row for 16 or 32 rows of a matrix at a time, in whatever format it lies (products.h);
@@ -169,6 +169,7 @@ void straighten(const float* mixed, const float* totals, bf16* to, int64_t colum
 
 constexpr int64_t TASK_ROWS = 64;  // heads of tokens that read a block of the cache together
 constexpr int64_t SEGMENT = 8;     // blocks whose weighted sum is made by itself
+constexpr size_t SHARED = 1 << 26; // bytes that threads who share contexts may take for such sums
 
 // Attention over the cache for `tokens` tokens from `first` on, q [tokens, heads, dim] and out [tokens, heads, rank].
 //
@@ -217,7 +218,7 @@ public:
           order(tokens), first(first), tokens(tokens) {
         // Fewer rows where there would be less than two tasks for each thread, but no fewer than `dot` takes at once.
         const int64_t threads = omp_get_max_threads(), share = (tokens * heads + 2 * threads - 1) / (2 * threads);
-        const int64_t most = threads == 1 ? TASK_ROWS : std::min((share + PASS - 1) / PASS * PASS, TASK_ROWS);
+        const int64_t most = threads == 1 ? TASK_ROWS : std::clamp((share + PASS - 1) / PASS * PASS, PASS, TASK_ROWS);
         const int64_t chunks = (heads + most - 1) / most, chunk = (heads + chunks - 1) / chunks;
         for (int64_t i = 0; i < tokens; i++) order[i] = int32_t(i);
         // Whoever shares any block shares the first one.
@@ -239,14 +240,17 @@ public:
 
     // All of it, by all threads of a team together.
     void together() {
-#pragma omp single
-        share_segments();
+#pragma omp master
+        share_segments();  // by one and the same thread always, whose memory the segments' sums are
+#pragma omp barrier
         if (ends.empty()) {
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < tasks.size(); i++) alone(tasks[i]);
             return;
         }
-#pragma omp for schedule(dynamic)
+        // A few in a row for each thread, for what comes next is fetched ahead.
+        const int64_t in_a_row = std::max<int64_t>(1, ends.back() / (2 * omp_get_num_threads()));
+#pragma omp for schedule(dynamic, in_a_row)
         for (int64_t i = 0; i < ends.back(); i++) {
             const size_t task = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
             states[i].clear(tasks[task].rows, rank);
@@ -273,7 +277,7 @@ private:
             most = std::max(most, segments(task));
             bytes += segments(task) * State::bytes(task.rows, rank);
         }
-        if (threads == 1 || most == 1 || int64_t(tasks.size()) >= 4 * threads) return;
+        if (threads == 1 || most == 1 || int64_t(tasks.size()) >= 4 * threads || bytes > SHARED) return;
         thread_local Scratch scratch;
         scratch.reserve(bytes);
         for (const Task& task : tasks) {
@@ -342,10 +346,9 @@ private:
             }
     }
 
-    // Adds to what rows have come to what the next segment gives.
+    // Adds to what rows have come to what the next segment gives; nothing, not a bit, to a row whose context ended before.
     void merge(const Task& task, const State& all, const State& part) const {
         for (int64_t r = 0; r < task.rows; r++) {
-            if (part.peaks[r] == -INFINITY) continue;  // the row's context ends before
             const float peak = std::max(all.peaks[r], part.peaks[r]);
             const __m512 old = exponential(_mm512_set1_ps(all.peaks[r] - peak));
             const __m512 added = exponential(_mm512_set1_ps(part.peaks[r] - peak));
@@ -697,7 +700,7 @@ class FeedForwardHalf {
 public:
     FeedForwardHalf(const Layer& l, bf16* x, int64_t n, const Wave* wave = nullptr)
         : l(l), x(x), n(n), wave(wave), choices(wave ? count(*wave, n * l.chosen) : n * l.chosen),
-          shares(l.width && (!wave || wave->last == l.experts)), normed_in(nullptr, 0, 0), gathered_in(nullptr, 0, 0),
+          shares(l.width && (!wave || (wave->sums && wave->last == l.experts))), normed_in(nullptr, 0, 0), gathered_in(nullptr, 0, 0),
           inner_in(nullptr, 0, 0), shared_in(nullptr, 0, 0) {
         thread_local Scratch scratch;
         const auto bytes = Scratch::bytes<bf16>;
@@ -764,6 +767,7 @@ public:
 
 private:
     static int64_t count(const Wave& wave, int64_t choices) {
+        if (!wave.sums) return 0;  // nobody has chosen yet
         return std::count_if(wave.chosen, wave.chosen + choices, [&](int32_t e) { return wave.has(e); });
     }
 

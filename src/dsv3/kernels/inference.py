@@ -1,7 +1,7 @@
-"""A layer over a cache in one call: what makes answering quick on a CPU.
+"""All layers over their caches in one call: what makes answering quick on a CPU.
 
 A step of decoding touches every weight for a few tokens only. Through torch it is some forty operations a layer on
-tensors so small that the operations themselves are most of the time. Here a layer is two calls in C++
+tensors so small that the operations themselves are most of the time. Here they are one call in C++
 (`inference.cpp`), norms, products, rotary turn, cache and attention, routing and experts, for bf16 weights on x86
 CPUs. Weights may be packed (`dsv3.kernels.packed`): they are unpacked in registers.
 
@@ -157,6 +157,7 @@ class Batch(ctypes.Structure):
         ("interleave", ctypes.c_int64),
     )
     tensors: tuple[Tensor, ...]
+    rotary: int
 
     @classmethod
     def of(
@@ -173,12 +174,19 @@ class Batch(ctypes.Structure):
         interleave: as in `rotate`."""
         tensors = (positions, slots, owners, tables, *angles)
         dtypes = (torch.int64, torch.int64, torch.int32, torch.int32, torch.float32, torch.float32)
+        same = {x.shape for x in (positions, slots, owners)} == {(len(positions),)}
+        half = {x.shape for x in angles} == {(len(positions), angles[0].shape[-1])}
+        if not same or not half or tables.dim() != 2:
+            raise ValueError(
+                f"positions, slots, owners, tables, angles {[tuple(x.shape) for x in tensors]} do not fit"
+            )
         for x, dtype in zip(tensors, dtypes, strict=True):
             if x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
                 raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device} where {dtype} is wanted")
         where = [x.data_ptr() for x in tensors]
         batch = cls(len(positions), *where[:4], tables.shape[1], *where[4:], int(interleave))
         batch.tensors = tensors  # which live as long as their addresses are here
+        batch.rotary = 2 * angles[0].shape[1]
         return batch
 
 
@@ -188,13 +196,18 @@ def _check_cache(layer: Layer, cache: Tensor) -> None:
         raise ValueError(f"a cache {tuple(cache.shape)} of {cache.dtype} does not fit the layer")
 
 
+def _check(layer: Layer, batch: Batch, x: Tensor) -> None:
+    if x.shape != (batch.tokens, layer.hidden) or batch.rotary != layer.rotary:
+        raise ValueError(f"x {tuple(x.shape)} with angles for {batch.rotary} numbers does not fit the layer")
+
+
 class Layers:
     """Layers one after the other and their caches, [blocks, 64, latent_dim] in bf16 each, for `blocks_forward`."""
 
     def __init__(self, layers: Sequence[Layer], caches: Sequence[Tensor]) -> None:
         for layer, cache in zip(layers, caches, strict=True):
             _check_cache(layer, cache)
-        self.count, self.hidden = len(layers), layers[0].hidden if layers else 0
+        self.count = len(layers)
         pointers = ctypes.c_void_p * self.count
         self.layers = pointers(*map(ctypes.addressof, layers))
         self.caches = pointers(*(cache.data_ptr() for cache in caches))
@@ -203,8 +216,8 @@ class Layers:
 
 def blocks_forward(layers: Layers, batch: Batch, x: Tensor) -> None:
     """Whole layers on x [tokens, hidden], in place; the tokens' latents are written to each layer's cache."""
-    if x.shape != (batch.tokens, layers.hidden):
-        raise ValueError(f"x {tuple(x.shape)} does not fit the layers")
+    for layer in layers.alive[0][:1]:
+        _check(layer, batch, x)
     call("blocks_forward", layers.layers, layers.caches, layers.count, batch, x)
 
 
@@ -218,8 +231,7 @@ def feed_forward(layer: Layer, x: Tensor) -> None:
 def attention_half(layer: Layer, batch: Batch, x: Tensor, cache: Tensor) -> None:
     """A layer's first half on x [tokens, hidden], in place; cache [blocks, 64, latent_dim] is the layer's own."""
     _check_cache(layer, cache)
-    if x.shape != (batch.tokens, layer.hidden):
-        raise ValueError(f"x {tuple(x.shape)} does not fit the layer")
+    _check(layer, batch, x)
     call("attention_half", layer, batch, x, cache)
 
 

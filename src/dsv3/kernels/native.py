@@ -138,7 +138,8 @@ def _compiler() -> list[str]:
 def _target() -> str | None:
     """What to compile for; None where the kernels are of no use."""
     choice = os.environ.get("DSV3_NATIVE", "")
-    here = platform.system() == "Linux" and platform.machine() == "x86_64" and torch.cpu._is_avx2_supported()
+    needs = torch.cpu._is_avx512_supported if choice == "avx512" else torch.cpu._is_avx2_supported
+    here = platform.system() == "Linux" and platform.machine() == "x86_64" and needs()
     return _TARGETS.get(choice, "native") if here and choice != "0" else None
 
 

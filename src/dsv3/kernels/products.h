@@ -125,10 +125,14 @@ struct Input {
                 top = _mm512_max_ps(_mm512_abs_ps(part), top);
             }
             const float most = undefined ? NAN : _mm512_reduce_max_ps(top);
-            const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+            // What is not finite shows in the scale; what is too small to be divided by is nothing.
+            const float factor = 127.0f / most;
+            const __m512 inverse = _mm512_set1_ps(std::isfinite(factor) && std::isfinite(most) ? factor : 0.0f);
             __m512i sum = _mm512_setzero_si512();
             for (int64_t j = 0; j < form; j += LANES) {
-                const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(load(row + g * form + j), inverse));
+                // The maximum is its second operand where the first is not a number.
+                const __m512 part = _mm512_mul_ps(load(row + g * form + j), inverse);
+                const __m512i code = _mm512_cvtps_epi32(_mm512_max_ps(part, _mm512_set1_ps(-127.0f)));
                 _mm_storeu_si128((__m128i*)(codes + i * in + g * form + j), _mm512_cvtsepi32_epi8(code));
                 sum = _mm512_add_epi32(sum, code);
             }
@@ -178,8 +182,8 @@ inline void add_nibbles(__m512i& sum, __m512i low, __m512i high, const int8_t* e
     sum = _mm512_add_epi32(sum, _mm512_madd_epi16(both, _mm512_set1_epi16(1)));
 }
 
-// Rows so many bytes apart, of which 16 can be reached from four registers and a step.
-template <class T>
+// Rows so many bytes apart, of which 16 can be reached from four registers and a step; COUNT of them are.
+template <class T, int COUNT = 16>
 struct Rows {
     const char *p0, *p4, *p8, *p12;
     int64_t step, step3;
@@ -194,8 +198,11 @@ struct Rows {
     }
     // On to the next columns. The compiler would rather keep an address for each row, and then run out of registers.
     inline void advance(int64_t columns) {
-        for (const char** p : {&p0, &p4, &p8, &p12}) *p += columns * int64_t(sizeof(T));
-        asm("" : "+r"(p0), "+r"(p4), "+r"(p8), "+r"(p12));
+        const int64_t bytes = columns * int64_t(sizeof(T));
+        asm("" : "+r"(p0 += bytes));
+        if (COUNT > 4) asm("" : "+r"(p4 += bytes));
+        if (COUNT > 8) asm("" : "+r"(p8 += bytes));
+        if (COUNT > 12) asm("" : "+r"(p12 += bytes));
     }
 };
 
@@ -259,7 +266,7 @@ inline void dot_tile(const bf16* x, int64_t x_stride, const T* w, int64_t w_stri
     __m512 sum[ROWS], other[ROWS], total[ROWS];  // two, for a multiplication waits for the one before it in the same sum
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) sum[r] = other[r] = total[r] = _mm512_setzero_ps();
-    Rows<bf16> left(x, x_stride);
+    Rows<bf16, ROWS> left(x, x_stride);
     Rows<T> right(w, w_stride);
     constexpr bool scaled = sizeof(T) == 1;
     for (int64_t first = 0; first < in; first += scaled ? SCALED : in) {
@@ -322,7 +329,7 @@ inline void turned_tile(const bf16* x, int64_t x_stride, const Pair* w, int64_t 
             sum[r][p] = other[r][p] = _mm512_setzero_ps();
             if (IS_SCALED) _mm512_storeu_ps(totals[r][p], _mm512_setzero_ps());
         }
-    Rows<bf16> left(x, x_stride);
+    Rows<bf16, ROWS> left(x, x_stride);
     for (int64_t first = 0; first < in; first += IS_SCALED ? SCALED : in) {
         const int64_t columns = IS_SCALED ? std::min(SCALED, in - first) : in;
         for (int64_t k = 0; k < columns; k += LANES) {
@@ -378,10 +385,11 @@ inline void integer_tile(const Input& x, const Integers* w, int64_t in, int64_t 
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) total[r][p] = _mm512_setzero_ps();
+    constexpr int STEP = NIBBLES ? 8 : 4;  // numbers of a row to 64 bytes of a panel; a group has 4 or more times as many
     const int64_t groups = in / group;
     const uint8_t* codes[PANELS];
     for (int p = 0; p < PANELS; p++) codes[p] = w[p].codes;
-    Rows<int8_t> left(x.codes, in);
+    Rows<int8_t, ROWS> left(x.codes, in);
     for (int64_t g = 0; g < groups; g++) {
         __m512i sum[ROWS][PANELS];
 #pragma GCC unroll 2
@@ -396,33 +404,38 @@ inline void integer_tile(const Input& x, const Integers* w, int64_t in, int64_t 
                 for (int r = 0; r < ROWS; r++)
                     sum[r][p] = _mm512_set1_epi32(minus[r * groups + g]);
             }
-        for (int64_t k = 0; k < group; k += NIBBLES ? 8 : 4) {
-            __m512i low[PANELS], high[PANELS];
+        for (int64_t k = 0; k < group; k += 4 * STEP) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m512i low[PANELS], high[PANELS];
 #pragma GCC unroll 2
-            for (int p = 0; p < PANELS; p++) {
-                low[p] = _mm512_loadu_si512(codes[p]);
-                if (ahead) _mm_prefetch((const char*)(codes[p] + ahead), _MM_HINT_T1);
-                codes[p] += 64;
-                if (NIBBLES) {
-                    const __m512i half = _mm512_set1_epi8(0xf);
-                    high[p] = _mm512_and_si512(_mm512_srli_epi16(low[p], 4), half);
-                    low[p] = _mm512_and_si512(low[p], half);
+                for (int p = 0; p < PANELS; p++) {
+                    low[p] = _mm512_loadu_si512(codes[p] + 64 * j);
+                    if (ahead) _mm_prefetch((const char*)(codes[p] + 64 * j + ahead), _MM_HINT_T1);
+                    if (NIBBLES) {
+                        const __m512i half = _mm512_set1_epi8(0xf);
+                        high[p] = _mm512_and_si512(_mm512_srli_epi16(low[p], 4), half);
+                        low[p] = _mm512_and_si512(low[p], half);
+                    }
                 }
-            }
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                if (NIBBLES && !HAS_VNNI) {
+                for (int r = 0; r < ROWS; r++) {
+                    const int8_t* four = left[r] + STEP * j;
+                    if (NIBBLES && !HAS_VNNI) {
 #pragma GCC unroll 2
-                    for (int p = 0; p < PANELS; p++) add_nibbles(sum[r][p], low[p], high[p], left[r]);
-                    continue;
+                        for (int p = 0; p < PANELS; p++) add_nibbles(sum[r][p], low[p], high[p], four);
+                        continue;
+                    }
+#pragma GCC unroll 2
+                    for (int p = 0; p < PANELS; p++) add_bytes(sum[r][p], low[p], four);
+                    if (NIBBLES)
+#pragma GCC unroll 2
+                        for (int p = 0; p < PANELS; p++) add_bytes(sum[r][p], high[p], four + 4);
                 }
-#pragma GCC unroll 2
-                for (int p = 0; p < PANELS; p++) add_bytes(sum[r][p], low[p], left[r]);
-                if (NIBBLES)
-#pragma GCC unroll 2
-                    for (int p = 0; p < PANELS; p++) add_bytes(sum[r][p], high[p], left[r] + 4);
             }
-            left.advance(NIBBLES ? 8 : 4);
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; p++) codes[p] += 256;
+            left.advance(4 * STEP);
         }
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) {
@@ -488,7 +501,8 @@ public:
         alignas(64) float sums[PASS * 2 * LANES];
         const bool many = rows > PASS;
         if (m.kind == INT4 ? HAS_VNNI && rows > 4 * PASS : many && m.kind != INT8) unpack();
-        in_passes(rows, many || m.kind >= INT8 ? WIDE_PASS : PASS, [&](int64_t first, int64_t n) {
+        const bool wide = m.kind >= INT8 ? count == 2 : many;
+        in_passes(rows, wide ? WIDE_PASS : PASS, [&](int64_t first, int64_t n) {
             const Input from = x.from(first);
             if (m.kind >= INT8)
                 times_integers(from, n, sums, first == 0);
@@ -534,12 +548,12 @@ private:
         const bool nibbles = m.kind == INT4 && !turned[0];
         const int32_t* minus = m.kind == INT4 ? x.minus8 : x.minus128;
         const int64_t ahead = fetch && !turned[0] ? 2048 : 0;
-#define INTEGERS(PANELS, NIBBLES) \
-    FOR_ROWS(6, n, (integer_tile<N, PANELS, NIBBLES>(x, w, m.in, m.group, minus, out, ahead)))
-        if (nibbles && count == 2) INTEGERS(2, true)
-        else if (nibbles) INTEGERS(1, true)
-        else if (count == 2) INTEGERS(2, false)
-        else INTEGERS(1, false)
+#define INTEGERS(MOST, PANELS, NIBBLES) \
+    FOR_ROWS(MOST, n, (integer_tile<N, PANELS, NIBBLES>(x, w, m.in, m.group, minus, out, ahead)))
+        if (nibbles && count == 2) INTEGERS(6, 2, true)
+        else if (nibbles) INTEGERS(8, 1, true)
+        else if (count == 2) INTEGERS(6, 2, false)
+        else INTEGERS(8, 1, false)
 #undef INTEGERS
     }
 

@@ -1,9 +1,9 @@
-"""Whole blocks in one native call, for flat batches on CPUs that multiply bf16 (`dsv3.kernels.inference`).
+"""All blocks in one native call, for flat batches on CPUs that multiply bf16 (`dsv3.kernels.inference`).
 
-The native form of attention is the absorbed one throughout, so pieces of prompts take it only where it costs little
-more than the plain one; the model that ships is such a shape, DeepSeek-V3 is not: there only the experts are native.
-Whatever does not fit (other
-dtypes and devices, odd sizes, layers that somebody replaced) goes the way of the modules themselves.
+In that call attention has the absorbed form, so pieces of prompts take it only where it costs little more than the
+plain one. The model that ships is such a shape; DeepSeek-V3 is not: its prompts go through the modules of attention,
+which call native kernels for their parts, and then to the native experts. Whatever does not fit (other dtypes and
+devices, odd sizes, layers that somebody replaced) goes the way of the modules themselves.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def _foretell(experts: StoredExperts, x: Tensor) -> None:
 
 
 def invariant(block: Block) -> bool:
-    """Whether `forward` does every flat batch, and with it promises the same bits for a token in any company."""
+    """Whether `forward` does every flat batch over a cache as the engine has it, in bf16 and blocks of BLOCK tokens, and
+    with it promises the same bits for a token in any company."""
     return _absorbs_cheaply(block) and _layer(block) is not None
 
 

@@ -47,10 +47,12 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move between devices with the rest; codes and scales keep their dtypes."""
+        packed = {id(tensor) for tensor in self.packed.tensors}
 
         def moved(tensor: Tensor) -> Tensor:
             after = fn(tensor)
-            return after if after.dtype == tensor.dtype else tensor.to(after.device)
+            keeps = id(tensor) in packed and after.dtype != tensor.dtype
+            return tensor.to(after.device) if keeps else after
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self

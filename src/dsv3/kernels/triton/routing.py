@@ -80,8 +80,8 @@ def _route(
     biased = score
     if bias is not None:
         biased += tl.load(bias + expert, mask=there, other=0.0)
-    # An undefined number (NaN) is never the best, so that a choice is always one of the experts.
-    biased = tl.where(there & (biased == biased), biased, nothing)
+    # What is not a number is chosen first, so that it is seen.
+    biased = tl.where(there, tl.where(biased == biased, biased, float("inf")), nothing)
 
     free = there
     if ADMITTED < GROUPS:
