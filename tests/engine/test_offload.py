@@ -109,6 +109,7 @@ def test_says_the_same_as_in_memory(folders: dict[str, Path], name: str) -> None
     llm = load(folders[name], EXPERTS // 8, max_batched_tokens=128)
     check_same(llm, load(folders[name], None, max_batched_tokens=128))
     assert llm.experts is not None and llm.experts.slots == EXPERTS // 8
+    assert len(llm.experts._laid) <= EXPERTS // 8, "all layers' experts lie alike: a slot is laid out once"
     reads = llm.experts.reads
     assert reads.cached and reads.missed and reads.nbytes
     assert library() is None or reads.foretold
@@ -186,6 +187,7 @@ class Files:
 
     layers = 2
     slot_bytes = 64
+    form = dict.fromkeys(range(10), 0)
 
     def __init__(self) -> None:
         self.seen: list[Key] = []
@@ -347,6 +349,7 @@ def test_on_a_gpu_memory_is_for_slots_alone(folders: dict[str, Path]) -> None:
     more = {"packed": False, "drafts": 0} | limits
     budgets = [plan(files, 2 * 10**8, torch.device(name), **more) for name in ("cpu", "cuda")]
     assert budgets[1].resident == budgets[1].cache == 0
+    assert budgets[1].working < budgets[0].working, "attention and logits are the GPU's own"
     assert budgets[1].slots > budgets[0].slots > 64
 
 

@@ -46,6 +46,9 @@ class ExpertFiles:
             of_layer.setdefault(layer, {})[is_down] = _Form(shape, layout.get(piece.parameter), dtype)
         for layer, forms in of_layer.items():
             self._forms[layer] = forms[False], forms[True]
+        known = list(dict.fromkeys(self._forms.values()))
+        self.form = {layer: known.index(forms) for layer, forms in self._forms.items()}
+        """A number for each layer; those with the same one have experts that lie alike."""
 
     @property
     def layers(self) -> int:

@@ -92,8 +92,8 @@ class ExpertCache:
         self._memory = memory[start : start + self.slots * files.slot_bytes].view(self.slots, -1)
         self._free = list(range(self.slots))
         self._slot: dict[Key, int] = {}
-        self._laid: dict[Key, Expert] = {}
-        """Experts by layer and slot, made once."""
+        self._laid: dict[tuple[int, int], Expert] = {}
+        """Experts by their layer's form and the slot, made once."""
         self._under_way: dict[Key, Future[int]] = {}
         self._foretold: set[Key] = set()
         """Foretold, and their layer has not asked yet."""
@@ -140,7 +140,7 @@ class ExpertCache:
     # Slots ----------------------------------------------------------------------------------------------
 
     def _expert(self, key: Key, slot: int | None = None) -> Expert:
-        where = key[0], self._slot[key] if slot is None else slot
+        where = self._files.form[key[0]], self._slot[key] if slot is None else slot
         if where not in self._laid:
             self._laid[where] = self._files.lay(key[0], self._memory[where[1]])
         return self._laid[where]
