@@ -74,6 +74,7 @@ LAYOUTS = {
     "data": Layout(data=2),
     "experts": Layout(data=4, expert=4, nodes=2),
     "shares of nobody": Layout(data=2, expert=2, sharding="none"),
+    "fsdp": Layout(data=2, context=2, expert=2, sharding="fsdp"),
     "context": Layout(data=1, context=2, expert=2),
     "1f1b": Layout(pipeline=2, data=2, expert=2),
     "interleaved": Layout(pipeline=2, schedule="interleaved", chunks=2),
@@ -131,7 +132,7 @@ def save_or_check(path: Path, changes: dict[str, Any], out: Path, check: bool) -
 def test_a_state_is_read_by_any_other_layout(tmp_path: Path) -> None:
     """Masters, moments, averages and biases, to the bit; and each process really holds a part of them."""
     path = recipe_file(tmp_path)
-    layouts = [LAYOUTS[name] for name in ("experts", "1f1b", "dualpipe", "context")] + [Layout()]
+    layouts = [LAYOUTS[name] for name in ("experts", "fsdp", "1f1b", "dualpipe", "context")] + [Layout()]
     total = 0
     for i, layout in enumerate([*layouts, layouts[0]]):
         changes = {"parallel": vars(layout), "optimizer": {"ema": 0.9}}

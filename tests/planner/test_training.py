@@ -372,6 +372,7 @@ def test_assumptions_are_listed_with_sources() -> None:
         (REPORTS, {"gpus_per_node": 4}, "on at least 16 nodes of 4"),
         (Layout(data=96, expert=96), {}, "parallel.expert is 96"),
         (Layout(pipeline=128), {}, "128 stages, but the model has 64 parts"),
+        (Layout(data=64, sharding="fsdp"), {}, "sharding is fsdp"),
     ],
 )
 def test_what_does_not_go(layout: Layout, options: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ A parameter lies on several processes (replicas of data parallelism, both ends o
 and the last stage), or it is a stack of experts that several processes hold in parts. `Held` says both of a parameter:
 what part of the whole is here, which is always one run of the flattened whole, and who else has the same run. From
 that follows who must add up whose gradients (the optimiser), and how a saved state is read by another layout
-(`dsv3.train.state`).
+(`dsv3.train.state`). Where FSDP cuts the weights themselves (`dsv3.parallel.fsdp`), a process has some rows, alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dsv3.config import ModelConfig
 from dsv3.model import Transformer
 from dsv3.model.moe import Experts
-from dsv3.model.transformer import MTPModule
+from dsv3.model.transformer import Block, MTPModule
 from dsv3.parallel.experts import keep_experts, own_experts
+from dsv3.parallel.fsdp import Cutter, first_row
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.part import Part, spans, stages_with
 
@@ -44,13 +46,13 @@ def holdings(model: Transformer, mesh: Mesh | None) -> dict[str, Held]:
         return {name: Held(p.shape, 0, (0,)) for name, p in model.named_parameters()}
     held = {}
     for name, p in model.named_parameters():
-        shape, start = p.shape, 0
+        shape, start = p.shape, first_row(p) * p.shape[1:].numel()
         stacked = name.endswith(STACKS)
         if stacked and mesh.layout.expert > 1:
             shape = torch.Size((p.shape[0] * mesh.layout.expert, *p.shape[1:]))
-            start = mesh.expert * p.numel()
+            start += mesh.expert * p.numel()
         ranks = mesh.holders(stages_with(name, model.config, mesh.layout.stages), stacked)
-        held[name] = Held(shape, start, ranks)
+        held[name] = Held(shape, start, (mesh.rank,) if isinstance(p, DTensor) else ranks)
     return held
 
 
@@ -60,7 +62,7 @@ def build(
     """A model with random weights, or this process's part of it, which never takes more memory than that part.
 
     Weights are the same numbers whatever the layout: each has a generator of its own (`Transformer.init_weights`).
-    They are drawn on the CPU in float32, a block at a time.
+    They are drawn on the CPU in float32, a block at a time; with FSDP that block is whole until it is cut.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -75,6 +77,7 @@ def build(
                 for module in model.modules():
                     if isinstance(module, Experts):
                         keep_experts(module, mine)
+    cutter = Cutter(mesh, dtype) if mesh is not None and mesh.layout.sharding == "fsdp" else None
     for name, module in _pieces(model):
         if name == "lm_head" and config.tie_word_embeddings:  # which `to_empty` would part
             module.weight = model.embed_tokens.weight
@@ -82,6 +85,10 @@ def build(
         module.to_empty(device="cpu")
         model.init_weights(seed, first, name)
         module.to(device=device, dtype=dtype)
+        if cutter is not None and isinstance(module, Block):
+            cutter.cut(module)
+    if cutter is not None:
+        cutter.join(model)
     return model
 
 

@@ -250,6 +250,8 @@ def _microbatches(roof: Roofline, batch: int) -> int:
     """Check that a layout goes with a model and a batch; how many microbatches go through each pipeline."""
     layout, per_node = roof.layout, roof.hardware.gpus_per_node
     layout.check_model(roof.config)
+    if layout.sharding == "fsdp":
+        raise RecipeError("sharding is fsdp: its memory and traffic are not planned here; plan with zero1")
     if layout.expert // layout.nodes > per_node:
         raise RecipeError(
             f"parallel.nodes is {layout.nodes}: {layout.expert} GPUs of an expert group are on at least "

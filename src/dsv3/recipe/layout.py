@@ -20,7 +20,7 @@ from dsv3.config import ModelConfig
 from dsv3.recipe.fields import RecipeError
 
 ScheduleName = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
-Sharding = Literal["none", "zero1"]
+Sharding = Literal["none", "zero1", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Layout:
     chunks: int = 1
     """Stages per device of the interleaved schedule."""
     sharding: Sharding = "zero1"
-    """Who keeps masters and moments: everyone (none), each a share (zero1)."""
+    """Who keeps masters and moments: everyone (none), each a share (zero1), of blocks' weights too (fsdp)."""
     dispatch: Literal["fp8", "bf16"] = "bf16"
     """What tokens travel as on their way to experts; they come back as they were computed."""
 
@@ -62,6 +62,11 @@ class Layout:
             raise RecipeError("chunks is 1: the interleaved schedule needs at least 2, or take 1f1b")
         if self.schedule == "dualpipe" and self.pipeline % 2 and self.pipeline > 1:
             raise RecipeError(f"pipeline is {self.pipeline}: dualpipe needs an even number of devices")
+        if self.sharding == "fsdp" and self.pipeline > 1:
+            raise RecipeError(
+                f"sharding is fsdp: it does not go with pipeline {self.pipeline}, which needs its weights for many "
+                "microbatches at once; take zero1, or pipeline 1"
+            )
 
     @property
     def world(self) -> int:

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from dsv3.data.stream import Batch
 from dsv3.errors import UserError
 from dsv3.files import write_whole
+from dsv3.parallel.fsdp import first_row, local
 
 _SIGMA = 1.4826  # of a normal distribution, over its median absolute deviation
 _LEAST = {"loss": 0.005, "norm": 0.25}  # spread below which a jump is not worth a stop, in logarithms
@@ -153,7 +154,7 @@ def name_the_layer(
         again()
     norms: dict[str, float] = {}
     for name, grad in ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None):
-        norm = float(torch.linalg.vector_norm(_local(grad).float()))
+        norm = float(torch.linalg.vector_norm(local(grad).float()))
         norms[_layer(name)] = math.hypot(norms.get(_layer(name), 0.0), norm)
         if not math.isfinite(norm) and not _finite(grad):
             backward.append(Finding("gradient", name, _BEYOND))
@@ -192,8 +193,8 @@ def _sick_weights(model: nn.Module, first_expert: int) -> Iterator[Finding]:
         if not _finite(weight):
             place = name
             if ".experts." in name and weight.dim() == 3:
-                bad = [not _finite(expert) for expert in _local(weight)].index(True)
-                place = f"{name}[{first_expert + bad}]"
+                bad = [not _finite(expert) for expert in local(weight)].index(True)
+                place = f"{name}[{first_expert + first_row(weight) + bad}]"
             yield Finding("weights", place, -1)
 
 
@@ -244,13 +245,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(t: Tensor) -> bool:
-    return bool(torch.isfinite(_local(t).detach()).all())
-
-
-def _local(t: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP has sharded."""
-    part: Tensor = t.to_local() if hasattr(t, "to_local") else t
-    return part
+    return bool(torch.isfinite(local(t).detach()).all())
 
 
 def _layer(name: str) -> str:

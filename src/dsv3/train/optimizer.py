@@ -13,7 +13,8 @@ Where a parameter lies on several processes, they share the work (ZeRO-1, as in 
 that the same processes hold are one flat tensor, cut into as many shares as there are of them. Gradients, each
 process's own in float32, are added up so that each gets the sum of its share; it keeps masters and moments of that
 alone, steps there, and gives the others the new weights, rounded. As losses are divided by the whole batch, sums are
-all that is needed.
+all that is needed. Of parameters that FSDP has cut (`dsv3.parallel.fsdp`) each process has its own rows, in float32,
+and finds their gradients added up already.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dsv3.kernels.native import call, usable
+from dsv3.parallel.fsdp import local
 from dsv3.parallel.mesh import all_gather, make_groups, reduce_scatter
 from dsv3.parallel.sharding import Held
 
@@ -78,17 +80,17 @@ class MasterAdamW:
         for bucket in self._buckets:
             self.masters |= bucket.views["master"]
             self.starts |= bucket.starts
-        self._set_masters({name: p.detach() for name, p in named.items()})
+        self._set_masters({name: local(p).detach() for name, p in named.items()})
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the model's gradients to the float32 ones and drop them from the model."""
         self._norm = None
         for bucket in self._buckets:
-            for total, weight in zip(bucket.grads, bucket.weights, strict=True):
-                if weight.grad is not None:
-                    total += weight.grad
-                    weight.grad = None
+            for total, parameter in zip(bucket.grads, bucket.parameters, strict=True):
+                if parameter.grad is not None:
+                    total += local(parameter.grad)
+                    parameter.grad = None
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -208,37 +210,44 @@ class _Bucket:
         share: bool,
     ) -> None:
         ordered = sorted(named.items(), key=lambda pair: pair[1].dim() <= 1)  # matrices first
-        self.weights: list[Tensor] = [p for _, p in ordered]
+        self.parameters = [p for _, p in ordered]
+        weights = self.weights
         self.group = group
         members = len(ranks) if share else 1
         self.copies = len(ranks) // members
         """Processes that have the same share."""
-        size = sum(p.numel() for p in self.weights)
+        size = sum(w.numel() for w in weights)
         each = -(-size // members)
         place = ranks.index(dist.get_rank()) if members > 1 else 0
         self.begin, self.end = place * each, (place + 1) * each
-        device = self.weights[0].device
+        device = weights[0].device
         self._all = torch.zeros(each * members, device=device)  # this process's gradients
         self.grads = self._like_weights(self._all)
         self.grad = self._all if members == 1 else torch.zeros(each, device=device)
         """Gradients of the share, added up after `reduce`."""
         dtypes = {"master": torch.float32, "exp_avg": moments, "exp_avg_sq": moments}
         self.state = {kind: torch.zeros(each, dtype=dtype, device=device) for kind, dtype in dtypes.items()}
-        matrices = sum(p.numel() for p in self.weights if p.dim() > 1)
+        matrices = sum(w.numel() for w in weights if w.dim() > 1)
         self.decayed = min(max(matrices - self.begin, 0), each)
         self.starts: dict[str, int] = {}
         self.views: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         at = 0
-        for name, p in ordered:
-            first, last = max(at, self.begin), min(at + p.numel(), self.end)
+        for (name, _), weight in zip(ordered, weights, strict=True):
+            first, last = max(at, self.begin), min(at + weight.numel(), self.end)
             if first < last:
                 self.starts[name] = first - at
                 for kind in _KINDS:
                     part = self.state[kind][first - self.begin : last - self.begin]
-                    self.views[kind][name] = part.view(p.shape) if part.numel() == p.numel() else part
-            at += p.numel()
+                    whole = part.numel() == weight.numel()
+                    self.views[kind][name] = part.view(weight.shape) if whole else part
+            at += weight.numel()
         self._work: list[Any] = []
         self._gathered: Tensor | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What is here of the parameters. FSDP may move it, so it is looked up each time."""
+        return [local(p) for p in self.parameters]
 
     def reduce(self) -> None:
         """Begin to add up the gradients."""
@@ -256,7 +265,7 @@ class _Bucket:
         if self.group is None or self.grad is self._all:
             self._set_weights(self.state["master"])
             return
-        mine = self.state["master"].to(self.weights[0].dtype)
+        mine = self.state["master"].to(self.parameters[0].dtype)
         self._gathered = mine.new_empty(self._all.numel())
         self._work.append(all_gather(self._gathered, mine, group=self.group, async_op=True))
 
@@ -274,6 +283,7 @@ class _Bucket:
 
     def _like_weights(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat tensor in the order and shapes of the weights."""
-        sizes = [w.numel() for w in self.weights]
+        weights = self.weights
+        sizes = [w.numel() for w in weights]
         parts = flat[: sum(sizes)].split(sizes)
-        return [part.view(w.shape) for part, w in zip(parts, self.weights, strict=True)]
+        return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]

@@ -25,8 +25,9 @@ from dsv3.checkpoint.reader import open_checkpoint
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
 from dsv3.kernels.packed import Packed, dequantize
+from dsv3.parallel.fsdp import local
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.sharding import build, holdings
+from dsv3.parallel.sharding import Held, build, holdings
 from dsv3.recipe import OptimizerRecipe
 from dsv3.train.ema import Ema
 from dsv3.train.optimizer import MasterAdamW
@@ -109,21 +110,13 @@ class Run:
             raise UserError(
                 f"{folder} is a model of another shape than the recipe's: name a checkpoint of that"
             )
-        weights = {name: torch.empty(p.shape) for name, p in self.model.named_parameters()}
+        weights = {name: torch.empty(local(p).shape) for name, p in self.model.named_parameters()}
         buffers = dict(self.model.named_buffers())
         for piece, stored in checkpoint.stream():
             target = buffers.get(piece.parameter, weights.get(piece.parameter))
             if piece.copy_of is not None or target is None:
                 continue
-            index = piece.index
-            if index and isinstance(
-                index[0], int
-            ):  # an expert of a stack, whose first one here may be another
-                row = index[0] - self.held[piece.parameter].start // target[0].numel()
-                if not 0 <= row < len(target):
-                    continue
-                index = (row, *index[1:])
-            target[index].copy_(dequantize(stored) if isinstance(stored, Packed) else stored)
+            _copy_rows(target, self.held.get(piece.parameter), piece.index, stored)
         self.optimizer.begin_from(weights)
         if self.ema is not None:
             self.ema.begin()
@@ -136,6 +129,26 @@ class Run:
             held = self.held[name]
             tensors[key] = Piece.of(tensor, held.start + self.optimizer.starts[name], held.shape.numel())
         return tensors
+
+
+def _copy_rows(
+    target: Tensor, held: Held | None, index: tuple[int | slice, ...], stored: Tensor | Packed
+) -> None:
+    """Copy `stored`, which is `whole[index]`, into those rows of the whole that are here."""
+    first = 0 if held is None else held.start // held.shape[1:].numel()
+    end = first + len(target)
+    if index and isinstance(index[0], int):  # one expert of a stack
+        if first <= index[0] < end:
+            target[(index[0] - first, *index[1:])].copy_(_plain(stored))
+        return
+    begin = index[0].start if index and isinstance(index[0], slice) else 0
+    low, high = max(begin, first), min(begin + stored.shape[0], end)
+    if low < high:
+        target[low - first : high - first].copy_(_plain(stored)[low - begin : high - begin])
+
+
+def _plain(stored: Tensor | Packed) -> Tensor:
+    return dequantize(stored) if isinstance(stored, Packed) else stored
 
 
 def trained_model(config: ModelConfig, folder: Path, average: bool = False) -> DeepseekV3:
