@@ -55,7 +55,7 @@ class ModelRunner:
 
     def logits(self, hidden: Seq[Tensor]) -> Tensor:
         """[rows, vocab] of these hidden states, all rows one after the other."""
-        rows = torch.cat(list(hidden))
+        rows = hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))
         if self.alone:
             return torch.cat([self.model.logits_flat(row) for row in rows.split(1)])
         return self.model.logits_flat(rows)

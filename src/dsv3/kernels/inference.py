@@ -174,12 +174,11 @@ class Batch(ctypes.Structure):
         interleave: as in `rotate`."""
         tensors = (positions, slots, owners, tables, *angles)
         dtypes = (torch.int64, torch.int64, torch.int32, torch.int32, torch.float32, torch.float32)
-        same = {x.shape for x in (positions, slots, owners)} == {(len(positions),)}
-        half = {x.shape for x in angles} == {(len(positions), angles[0].shape[-1])}
-        if not same or not half or tables.dim() != 2:
-            raise ValueError(
-                f"positions, slots, owners, tables, angles {[tuple(x.shape) for x in tensors]} do not fit"
-            )
+        each, turns = positions.shape, angles[0].shape
+        fit = slots.shape == owners.shape == each and angles[1].shape == turns and turns[:1] == each
+        if not fit or len(each) != 1 or len(turns) != 2 or tables.dim() != 2:
+            shapes = [tuple(x.shape) for x in tensors]
+            raise ValueError(f"positions, slots, owners, tables and angles of shapes {shapes} do not fit")
         for x, dtype in zip(tensors, dtypes, strict=True):
             if x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
                 raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device} where {dtype} is wanted")

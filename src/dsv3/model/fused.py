@@ -70,10 +70,10 @@ class Network:
     def forward(
         self, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor], batch: FlatBatch
     ) -> Tensor | None:
-        """x [tokens, hidden] through all blocks, or None if any of them has to be done otherwise."""
+        """x [tokens, hidden] through all blocks, in place; None, and x as it was, if any has to be done otherwise."""
         if self.whole is None or not _takes(x) or (batch.spans and not self.absorbs_cheaply):
             return None
-        x = x.clone(memory_format=torch.contiguous_format)  # which becomes the result
+        x = x.contiguous()
         blocks_forward(self.whole, _native(batch, rope, angles), x)
         return x
 
@@ -84,7 +84,8 @@ def forward(
     """One block, in halves that go different ways if need be; None if both have to be done otherwise."""
     if not _takes(x):
         return None
-    done = Network((block,), batch.cache).forward(x, rope, angles, batch)
+    network = Network((block,), batch.cache)
+    done = network.forward(x.clone(), rope, angles, batch) if network.whole is not None else None
     if done is not None:
         return done
     layer, cache = _layer(block), batch.cache[block.self_attn.layer]
