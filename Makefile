@@ -28,7 +28,7 @@ serve: $(VENV)/.runtime ## serve it: OpenAI's API at http://localhost:8000/v1, a
 	@$(BIN)/dsv3 serve $(MODEL)
 
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: lint types layers docs ## run every check: lint, types, layers, docs
 
