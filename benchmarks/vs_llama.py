@@ -55,10 +55,24 @@ SIZES["v3-slice"] = PRESETS["v3-671b"].replace(
     rope_scaling=None,
     eos_token_id=None,
 )
-FORMATS: dict[str, tuple[Target, str]] = {
-    "bf16": ("bf16", "bf16"),
-    "8": (Packing("int8", group=128), "q8_0"),
-    "4": (Packing("int4"), "q4_0"),
+
+
+class Format(NamedTuple):
+    """Of dsv3, and of llama.cpp."""
+
+    ours: Target
+    theirs: str
+
+    def __str__(self) -> str:
+        packing = self.ours
+        ours = f"{packing.mix}-g{packing.group}" if isinstance(packing, Packing) else packing
+        return ours if ours == self.theirs else f"{ours}-{self.theirs}"
+
+
+FORMATS = {
+    "bf16": Format("bf16", "bf16"),
+    "8": Format(Packing("int8", group=128), "q8_0"),
+    "4": Format(Packing("int4"), "q4_0"),
 }
 TOO_LARGE = {("v3-slice", "bf16")}
 AT_ONCE = 8
@@ -140,8 +154,9 @@ def build(folder: Path) -> Path:
 
 
 def prepared(size: str, bits: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """The checkpoint's folder and its GGUF file."""
-    (target, quant), folder = FORMATS[bits], args.dir / f"{size}-{bits}"
+    """The checkpoint's folder and its GGUF file, which are written if they are not there."""
+    target, quant = FORMATS[bits]
+    folder = args.dir / f"{size}-{FORMATS[bits]}"
     gguf = folder.with_name(f"{folder.name}.gguf")
     if not folder.is_dir():
         say(f"{folder}: writing")
@@ -262,11 +277,14 @@ def measure(
     size: str, bits: str, known: dict[str, Any], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """What is known of this size and format, after each round that is still to be done."""
+    if len(known.get("rounds", [])) >= args.rounds:
+        return
     folder, gguf = prepared(size, bits, args)
     if not known:
         chosen = choose(gguf, args)
         settings = {name: list(setting) for name, setting in chosen.items()}
-        known = {"size": size, "bits": bits, "settings": settings, "rounds": []}
+        known = {"size": size, "bits": bits, "format": str(FORMATS[bits])}
+        known |= {"settings": settings, "rounds": []}
     chosen = {name: Setting(*setting) for name, setting in known["settings"].items()}
     while len(known["rounds"]) < args.rounds:
         number = len(known["rounds"]) + 1
@@ -294,7 +312,7 @@ def rows(known: dict[str, Any]) -> Iterator[str]:
         share = f"{median('shares', name):.0%}" if name not in LESS_IS_BETTER else ""
         a, b = (f"{number:,.0f}" if number >= 100 else f"{number:.1f}" for number in (mine, other))
         setting = Setting(*known["settings"][name])
-        yield f"| {known['size']} | {known['bits']} | {name} | {a} | {share} | {b} | {setting} | {ratio:.2f}x |"
+        yield f"| {known['size']} | {known['format']} | {name} | {a} | {share} | {b} | {setting} | {ratio:.2f}x |"
 
 
 def say(text: str) -> None:
@@ -319,7 +337,7 @@ def main() -> None:
     parser.add_argument("--llama-bench", type=Path, help="one that is built, llama-batched-bench beside it")
     parser.add_argument("--sizes", default="small,3.7b")
     parser.add_argument("--bits", default="bf16,8,4")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: show what is known")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
@@ -330,24 +348,26 @@ def main() -> None:
     args.json = args.json or args.dir / "vs_llama.json"
     args.programs = args.llama_bench.parent if args.llama_bench else build(args.dir / "llama.cpp")
     work_ = {"threads": args.threads, "prompt": args.prompt, "tokens": args.tokens, "depths": args.depths}
+    work_ |= {"formats": {bits: str(form) for bits, form in FORMATS.items()}}
     report = json.loads(args.json.read_text()) if args.json.exists() else {"work": work_, "results": {}}
     if report["work"] != work_:
         raise SystemExit(f"{args.json} holds numbers of other work, {report['work']}: name another file")
     report["machine"] = machine(args)
-    print(f"{report['machine']}; medians of {args.rounds} rounds.\n")
-    print("| model | bits | | dsv3 | of its roofline | llama.cpp | with | dsv3 is better by |")
+    print(f"{report['machine']}; medians of all rounds.\n")
+    print("| model | format | | dsv3 | of its roofline | llama.cpp | with | dsv3 is better by |")
     print("|---|---|---|---:|---:|---:|---|---:|", flush=True)
     for size in args.sizes.split(","):
         for bits in args.bits.split(","):
             if (size, bits) in TOO_LARGE:
                 continue
-            key = f"{size} {bits}"
+            key = f"{size} {FORMATS[bits]}"
             for known in measure(size, bits, report["results"].get(key, {}), args):
                 report["results"][key] = known
                 partial = args.json.with_name(f".{args.json.name}.partial")
                 partial.write_text(json.dumps(report, indent=1) + "\n")
                 partial.replace(args.json)
-            print("\n".join(rows(report["results"][key])), flush=True)
+            if key in report["results"]:
+                print("\n".join(rows(report["results"][key])), flush=True)
 
 
 if __name__ == "__main__":

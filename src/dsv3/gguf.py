@@ -28,7 +28,7 @@ _MOST = 1 << 24  # keys, tensors or characters of a name; far more than there ev
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 Value = str | bool | int | float | list[str] | list[int]
-"""Of a key that we write; whole numbers as 32 bits."""
+"""Of a key that we write; whole numbers as 32 bits, those below zero with a sign."""
 Quant = Literal[
     "f32",
     "f16",
@@ -221,11 +221,15 @@ def write_header(
 ) -> list[int]:
     """Begin a file with all that comes before the tensors' bytes, make room for these, and return where each begins.
 
-    tensors: name, format and shape of each, in torch's order of dimensions.
+    tensors: name, format and shape of each, in torch's order of dimensions. Raises CheckpointError for a number that is too
+    large for its key.
     """
     parts = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(keys))]
     for name, value in keys.items():
-        parts += [_text(name), _value(value)]
+        try:
+            parts += [_text(name), _value(value)]
+        except (struct.error, OverflowError):
+            raise CheckpointError(f"{name} is {_shown(value)}: numbers of GGUF's keys have 32 bits") from None
     place = 0
     places = []
     for name, kind, shape in tensors:
@@ -255,7 +259,9 @@ def _value(value: Value) -> bytes:
         return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
-    return struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<If", 6, value)
+    if isinstance(value, int):
+        return struct.pack("<Ii", 5, value) if value < 0 else struct.pack("<II", 4, value)
+    return struct.pack("<If", 6, value)
 
 
 class _Parser:

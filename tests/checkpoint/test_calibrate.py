@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.checkpoint.calibrate import _PRIOR, calibrate
+from dsv3.checkpoint import calibrate as module
+from dsv3.checkpoint.calibrate import _PRIOR, _Products, calibrate
 from dsv3.checkpoint.names import table
 from dsv3.config import PRESETS
 from dsv3.model import Routing, Transformer
@@ -87,6 +91,27 @@ def test_an_expert_counts_the_tokens_that_chose_it() -> None:
         same(got[f"{name}.gate_proj.weight"], products(inputs[0]))
         same(got[f"{name}.up_proj.weight"], products(inputs[0]))
         same(got[f"{name}.down_proj.weight"], (mine.T @ mine + _PRIOR * every) / (len(mine) + _PRIOR))
+
+
+def test_products_go_as_what_is_made_of_them_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory has room for one or the other, but not for both."""
+    products: weakref.WeakSet[_Products] = weakref.WeakSet()
+    left: list[int] = []
+
+    class Known(_Products):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            products.add(self)
+
+    def counted(total: Tensor) -> Tensor:
+        left.append(len(products))
+        return feedback(total)
+
+    monkeypatch.setattr(module, "_Products", Known)
+    monkeypatch.setattr(module, "feedback", counted)
+    calibrate(model_of(), torch.randint(0, TINY.vocab_size, (1, 8)))
+    assert len(left) > 20 and all(a - b <= 2 for a, b in zip(left, left[1:], strict=False))
+    assert left[-1] <= 3 and left == sorted(left, reverse=True)
 
 
 def test_nothing_stays_behind_in_the_model() -> None:

@@ -16,7 +16,7 @@ from dsv3.checkpoint import gguf as module
 from dsv3.checkpoint.gguf import Place, Quant, check, metadata, tokenizer_metadata, type_for
 from dsv3.config import PRESETS, ModelConfig, YarnConfig
 from dsv3.errors import CheckpointError, UserError
-from dsv3.gguf import TYPES
+from dsv3.gguf import TYPES, Value, read_header, write_header
 from dsv3.text import Tokenizer
 from dsv3.text.bpe import BOS, EOS, PAD, USER
 from dsv3.text.chat import DEEPSEEK_TEMPLATE
@@ -402,6 +402,29 @@ def test_what_is_no_number_is_named(quant: Quant, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+# Sampling ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("top_k", "written"), [(50, 50), (0, 0), (-1, 0)])
+def test_no_limit_is_written_as_llama_cpp_says_it(
+    top_k: int, written: int, source: Path, tmp_path: Path
+) -> None:
+    folder = released.copy(source, tmp_path / "model")
+    (folder / "generation_config.json").write_text(f'{{"temperature": 0.6, "top_k": {top_k}}}')
+    export_gguf(folder, tmp_path / "out.gguf")
+    assert keys(tmp_path / "out.gguf")["general.sampling.top_k"] == written
+
+
+def test_numbers_of_keys(tmp_path: Path) -> None:
+    numbers: dict[str, Value] = {"a": -1, "b": -(1 << 31), "c": (1 << 32) - 1, "d": -0.5}
+    write_header(tmp_path / "x.gguf", numbers, [])
+    assert read_header(tmp_path / "x.gguf").keys == numbers
+    wrong: tuple[Value, ...] = (1 << 32, -(1 << 31) - 1, 1e39)
+    for number in wrong:
+        with pytest.raises(CheckpointError, match=r"some\.key is .*: numbers of GGUF's keys have 32 bits"):
+            write_header(tmp_path / "y.gguf", {"some.key": number}, [])
+
+
 # Ollama ------------------------------------------------------------------------------------------------
 
 
@@ -438,6 +461,16 @@ def test_a_modelfile_says_what_the_template_says(source: Path, tmp_path: Path) -
         messages = [{"role": "system", "content": system}, *turns] if system else turns
         rendered = jinja2.Template(go).render(messages=messages, system=system)
         assert BOS + rendered == tokenizer.render_chat(messages)  # type: ignore[arg-type]
+
+
+def test_a_modelfile_that_has_no_place_is_said_first(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.Modelfile").mkdir()
+    for name in ("out.gguf", "other.Modelfile"):
+        with pytest.raises(
+            CheckpointError, match=r"\.Modelfile is where the Modelfile goes: name another file than"
+        ):
+            export_gguf(source, tmp_path / name, ollama=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.Modelfile"]
 
 
 def test_other_chat_formats_get_no_modelfile(source: Path, tmp_path: Path) -> None:

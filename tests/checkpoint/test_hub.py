@@ -19,6 +19,7 @@ import torch
 import dsv3
 from dsv3.checkpoint import resolve
 from dsv3.checkpoint.pretrained import locate
+from dsv3.checkpoint.reader import QUANTIZATION
 from dsv3.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -107,23 +108,29 @@ if free is not None:
     pretrained.shutil.disk_usage = lambda folder: type("Usage", (), {"free": free[1]})
 for model in sys.argv[2:]:
     try:
-        print(resolve(model) if free is None else pretrained.locate(model, None, torch.device("cpu")))
+        cpu = torch.device("cpu")
+        print(resolve(model) if free is None else pretrained.locate(model, None, cpu, packed=free[2]))
     except UserError as error:
         print("refused:", error)
 """
 
 
 def resolve_at(
-    endpoint: str, cache: Path, *models: str, free: tuple[int, int] | None = None, **variables: str
+    endpoint: str,
+    cache: Path,
+    *models: str,
+    free: tuple[int, int] | None = None,
+    packed: bool = False,
+    **variables: str,
 ) -> list[str]:
     """`resolve` in a process of its own: the client reads its settings once, when it is imported.
 
-    free: bytes of memory and disk; given, it is `locate` on a machine with so much.
+    free: bytes of memory and disk; given, it is `locate` on a machine with so much. packed: for weights that stay so.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment = inherited | settings | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
-    command = [sys.executable, "-c", SCRIPT, json.dumps(free), *models]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(free and (*free, packed)), *models]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     answers = result.stdout.splitlines()
@@ -175,6 +182,22 @@ def test_weights_that_do_not_fit_into_memory_are_not_downloaded(hub: str, tmp_pa
         "it takes a machine with more memory"
     )
     assert "config.json" in Hub.requested and not WEIGHTS & set(Hub.requested)
+
+
+@pytest.mark.usefixtures("_v3_size")
+def test_packed_weights_are_as_large_as_the_hub_has_them(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its MTP module, which need not be loaded, left out as if it were in bf16."""
+    config = {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1, "quantization_config": QUANTIZATION}
+    monkeypatch.setitem(WANTED, "config.json", json.dumps(config).encode())
+    (answer,) = resolve_at(hub, tmp_path, "org/model", free=(640 * 10**9, 10**15), packed=True)
+    assert answer.startswith(
+        "refused: the model, packed as it is, needs 661.7 GB, but 640.0 GB are free on cpu"
+    )
+    assert not WEIGHTS & set(Hub.requested)
+    (folder,) = resolve_at(hub, tmp_path, "org/model", free=(675 * 10**9, 10**15), packed=True)
+    assert set(Hub.requested) >= WEIGHTS and folder.endswith(COMMIT)
 
 
 @pytest.mark.usefixtures("_v3_size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from dsv3.checkpoint import DeepseekV3
+from dsv3.checkpoint import DeepseekV3, convert, open_checkpoint
+from dsv3.checkpoint.experts import ExpertFiles
 from dsv3.checkpoint.memory import free_memory, weight_bytes
 from dsv3.checkpoint.names import table
 from dsv3.config import PRESETS, ModelConfig
+from dsv3.engine.offload import ExpertCache
 from dsv3.errors import CheckpointError, UserError, size
 from tests.checkpoint import released
 
@@ -390,6 +393,28 @@ def test_a_full_disk_is_noticed_before_writing(
     with pytest.raises(CheckpointError, match=r"1\.0 kB free, but the weights take [\d.]+ MB"):
         model.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_files_are_on_the_disk_before_the_folder_is_there(
+    bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, synced = DeepseekV3.from_pretrained(bf16), set()
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    model.save_pretrained(tmp_path / "saved", max_shard_size=200_000)
+    files = list((tmp_path / "saved").iterdir())
+    assert len(files) > 4 and synced >= {file.stat().st_ino for file in files}
+
+
+def test_what_is_packed_or_on_disk_is_not_saved(bf16: Path, tmp_path: Path) -> None:
+    convert(bf16, tmp_path / "fp8", "fp8")
+    packed = DeepseekV3.from_pretrained(tmp_path / "fp8", packed=True)
+    outside = DeepseekV3.from_pretrained(
+        bf16, experts=ExpertCache(ExpertFiles(open_checkpoint(bf16), torch.bfloat16), slots=4)
+    )
+    for model in (packed, outside):
+        with pytest.raises(CheckpointError, match=r"_proj.* is packed, or stays on disk"):
+            model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_unknown_formats_are_refused(bf16: Path, tmp_path: Path) -> None:

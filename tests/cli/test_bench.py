@@ -62,6 +62,7 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         (["--depths", "5000"], "context is 2048: lower --depths"),
         (["--plot", "bench.txt"], "bench.txt is no picture's name"),
         (["--speculation", "nine"], "speculation is 'nine'"),
+        (["--speculation", "²"], "speculation is '²'"),
     ],
 )
 def test_what_cannot_be(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,10 @@ def test_flags_that_do_not_apply_are_refused_before_anything_is_read(
     model, out = str(checkpoint), str(tmp_path / "out")
     for to, flags, said in (
         ("bf16", ["--group", "32"], "--group is for integers"),
+        ("bf16", ["--group", "0"], "--group is for integers"),
+        ("int8", ["--group", "0"], "group is 0: choose 32, 64, 128"),
+        ("int8", ["--samples", "4"], "--samples is of a text: give one to --calibrate or --report"),
+        ("gguf", ["--length", "64"], "--length is of a text"),
         ("fp8", ["--zero-points"], "--zero-points is for integers"),
         ("fp8", ["--calibrate", str(text)], "--calibrate is for integers"),
         ("gguf", ["--group", "32"], "--group is for integers"),

@@ -262,6 +262,7 @@ def test_a_config_a_folder_and_a_preset_are_the_same(tmp_path: Path, facts) -> N
         ("v3-671b --fit --gpus 2", 2, ("--gpus", "--gpu")),
         ("v3-671b --fit --gpu '2x h100' --gpus 3", 2, ("2x h100", "3", "give one")),
         ("v3-671b --layout pipeline", 2, ("'pipeline'", "KEY=VALUE")),
+        ("v3-671b --layout pipeline=²", 2, ("pipeline", "²")),
         ("v3-671b --layout tensor=8", 2, ("'tensor'", "pipeline, data")),
         ("v3-671b --layout pipeline=3,schedule=dualpipe", 2, ("pipeline is 3", "even")),
         ("v3-671b --layout data=8 --gpus 4", 2, ("4", "8 GPUs")),

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from dsv3 import LLM, DeepseekV3, SamplingParams
+from dsv3.checkpoint import convert, open_checkpoint
 from dsv3.checkpoint.memory import weight_bytes
+from dsv3.checkpoint.pretrained import layouts, loaded_bytes
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.engine.grammar import StructuredOutput
 from dsv3.engine.llm import read_generation_config
-from dsv3.engine.machine import choose_device, choose_dtype
+from dsv3.engine.machine import choose_device, choose_dtype, computes_packed
 from dsv3.errors import CheckpointError, UserError
 from dsv3.text import Tokenizer
 from dsv3.text.tools import CALLS_BEGIN, tool_use
@@ -437,6 +439,32 @@ def test_the_mtp_modules_need_not_fit(folder: Path, monkeypatch: pytest.MonkeyPa
     for model in (folder, "org/model"):
         with pytest.raises(CheckpointError, match="the model needs"):
             LLM(model, dtype="float32", device="cpu")
+
+
+@pytest.mark.skipif(
+    not computes_packed(torch.bfloat16, torch.device("cpu")), reason="needs the native kernels"
+)
+def test_packed_models_need_what_they_are_packed_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their MTP modules, too; in a folder as from the hub, where the index tells how much it is."""
+    packed = tmp_path / "int4"
+    convert(folder, packed, "int4", max_shard_size=1 << 16)
+    checkpoint = open_checkpoint(packed)
+    whole, main = (
+        loaded_bytes(part, layouts(part), torch.bfloat16) for part in (checkpoint, checkpoint.without_mtp())
+    )
+    assert main < whole < weight_bytes(checkpoint.without_mtp().config, torch.bfloat16)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **kwargs: str(packed))
+    for free, modules in ((whole, 1), (whole - 1, 0), (main, 0)):
+        monkeypatch.setattr("dsv3.checkpoint.memory.free_memory", lambda device, free=free: free)
+        for model in (packed, "org/model"):
+            llm = LLM(model, dtype="bfloat16", device="cpu", cache_tokens=1024)
+            assert llm.model.config.num_nextn_predict_layers == modules
+    monkeypatch.setattr("dsv3.checkpoint.memory.free_memory", lambda device: main - 1)
+    for model in (packed, "org/model"):
+        with pytest.raises(CheckpointError, match="the model, packed as it is, needs"):
+            LLM(model, dtype="bfloat16", device="cpu")
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

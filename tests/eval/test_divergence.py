@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from dsv3.checkpoint import DeepseekV3, convert
+from dsv3.checkpoint.mapped import mapped_bytes
 from dsv3.config import PRESETS
 from dsv3.eval import divergence
 from dsv3.eval.divergence import Reading, compare, read
@@ -49,6 +50,7 @@ def test_more_bits_are_nearer(tmp_path: Path) -> None:
     model.init_weights(1)
     model.save_pretrained(tmp_path / "bf16")
     ids = torch.randint(0, config.vocab_size, (4, 32))
+    mapped = mapped_bytes()
     before, seen = read(tmp_path / "bf16", ids), []
     far = []
     for to in ("bf16", "int8", "int4"):
@@ -57,3 +59,4 @@ def test_more_bits_are_nearer(tmp_path: Path) -> None:
         far.append(compare(before, after).divergence)
     assert far[0] == 0 < far[1] < far[2]
     assert seen[:4] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert mapped_bytes() == mapped, "what is kept of a model keeps its file in memory"

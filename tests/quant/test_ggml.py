@@ -105,9 +105,24 @@ def test_what_is_no_number_is_refused(name: str) -> None:
         ggml.quantize(normal(16, 40), TYPES[name])
 
 
-def test_halves_do_not_overflow() -> None:
-    with pytest.raises(UserError, match="huge"):
-        ggml.quantize(torch.tensor([[1e5]]), TYPES["F16"])
+@pytest.mark.parametrize("name", ["F16", *BLOCKS])
+def test_halves_do_not_overflow(name: str) -> None:
+    """The largest half is 65504: what asks for more is refused, never written as infinite."""
+    for largest in (6e4, 1e5, 9.9e5):
+        x = normal(16, 256)
+        x[3, 100] = largest
+        x[5] += largest
+        try:
+            blocks = ggml.quantize(x, TYPES[name])
+        except UserError as error:
+            assert "huge" in str(error) and largest > 65504
+        else:
+            assert bool(ggml.dequantize(blocks, TYPES[name], torch.float32).isfinite().all())
+    x = torch.full((16, 256), 9.9e5)
+    if name in ("F16", "Q4_1", "Q5_1", "Q2_K"):
+        x[:, ::2] = -9.9e5
+        with pytest.raises(UserError, match="huge"):
+            ggml.quantize(x, TYPES[name])
 
 
 @pytest.mark.parametrize(("name", "bits"), [("Q8_0", 8), ("Q4_0", 4)])

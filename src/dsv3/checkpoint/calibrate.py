@@ -74,10 +74,13 @@ def calibrate(
             hook.remove()
     pieces = [p for p in table(model.config).values() if p.packs and p.copy_of is None]
     wanted = {p.parameter for p in pieces}
-    factors = {
-        name: feedback(each.total / max(each.rows, 1)) for name, each in found.items() if name in wanted
-    }
-    inside_factors = {name: _factors(each) for name, each in of_experts.items()}
+    # Products go when what they are for is made, so that there is no time at which memory holds both.
+    factors: dict[str, Tensor] = {}
+    for name in list(found):
+        products = found.pop(name)
+        if name in wanted:
+            factors[name] = feedback(products.total.div_(max(products.rows, 1)))
+    inside_factors = {name: _factors(of_experts.pop(name)) for name in list(of_experts)}
     result = {}
     for piece in pieces:
         if piece.parameter in inside_factors:
@@ -90,9 +93,15 @@ def calibrate(
 
 
 def _factors(experts: list[_Products]) -> list[Tensor]:
+    """Those of each expert of a layer, whose products are taken out of the list one after the other."""
     rows = max(sum(each.rows for each in experts), 1)
     squares = torch.stack([each.total.diagonal() for each in experts]).sum(0) / rows
-    return [feedback((each.total + _PRIOR * squares.diag()) / (each.rows + _PRIOR)) for each in experts]
+    factors = []
+    while experts:
+        each = experts.pop(0)
+        each.total.diagonal().add_(_PRIOR * squares)
+        factors.append(feedback(each.total.div_(each.rows + _PRIOR)))
+    return factors
 
 
 def _on_linear(products: _Products, module: nn.Module, given: tuple[Any, ...]) -> None:

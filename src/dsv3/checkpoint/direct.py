@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,10 +25,11 @@ _LONGEST_READ = 1 << 30  # what the system reads in one call is a little less th
 
 
 class DirectReader:
-    """Fills tensors from a checkpoint's files, which stay open. Good from several threads at once."""
+    """Fills tensors from a checkpoint's files. Good from several threads at once."""
 
-    def __init__(self, checkpoint: Checkpoint, forget: bool) -> None:
-        """forget: whether the system shall let go of what it has kept of the file."""
+    def __init__(self, checkpoint: Checkpoint, names: Iterable[str], forget: bool) -> None:
+        """names: the tensors that will be read. The files that they lie in stay open, so that all come from the same ones,
+        even if somebody replaces them. forget: whether the system shall let go of what it has kept of a file."""
         self.checkpoint, self.forget = checkpoint, forget
         self._files: dict[str, int] = {}
         if checkpoint.folder.is_file():
@@ -35,7 +37,7 @@ class DirectReader:
                 f"{checkpoint.folder} is a GGUF file: to read experts when they are needed takes a folder: make one with `dsv3 convert`"
             )
         weakref.finalize(self, _close, self._files)
-        for file in checkpoint.shards:
+        for file in {checkpoint.shard_of[part] for name in names for part in checkpoint.parts(name)}:
             self._files[file] = os.open(checkpoint.folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def read(self, name: str, target: Weight) -> int:

@@ -24,19 +24,16 @@ class ExpertFiles:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         """dtype: of experts that are not packed, once they are in memory."""
         self.checkpoint, self.dtype = checkpoint, dtype
-        self._reader = DirectReader(checkpoint, forget=True)
+        routed = [name for name in checkpoint.pieces if ".mlp.experts." in name]
+        self._reader = DirectReader(checkpoint, routed, forget=True)
         self._names: dict[Key, list[tuple[bool, slice | None, str]]] = {}
         self._forms: dict[int, tuple[_Form, _Form]] = {}
         layout = layouts(checkpoint)
         of_layer: dict[int, dict[bool, _Form]] = {}
-        for name, piece in checkpoint.pieces.items():
-            if ".mlp.experts." not in name:
-                continue
-            layer, expert, is_down = (
-                int(name.split(".")[2]),
-                piece.index[0],
-                piece.parameter.endswith("down_proj"),
-            )
+        for name in routed:
+            piece = checkpoint.pieces[name]
+            layer, expert = int(name.split(".")[2]), piece.index[0]
+            is_down = piece.parameter.endswith("down_proj")
             assert isinstance(expert, int)
             half = piece.index[1] if len(piece.index) > 1 else None
             assert half is None or isinstance(half, slice)

@@ -85,13 +85,17 @@ def export_gguf(
     """Write the checkpoint in `source`, a folder or a GGUF file, to the file `out`, with its tokenizer and chat template.
 
     Keeps about one tensor in memory. Without `mtp` the multi-token prediction modules are left out. A GGUF file at
-    `out` is replaced, and with `ollama` the Modelfile beside it (`dsv3.checkpoint.ollama`). Raises CheckpointError or OSError, with nothing written, if the source is not whole, is of a
-    shape that llama.cpp does not run, or the file cannot be written.
+    `out` is replaced, and with `ollama` the Modelfile beside it (`dsv3.checkpoint.ollama`), which is written last. Raises
+    CheckpointError or OSError, with nothing written, if the source is not whole, is of a shape that llama.cpp does not
+    run, or the file cannot be written.
     """
     if quant not in get_args(Quant):
         raise CheckpointError(f"quant is {quant!r}: choose {', '.join(get_args(Quant))}")
     source, out = expand(source), expand(out)
     _check_replaceable(out)
+    recipe = out.with_suffix(".Modelfile")
+    if ollama and (recipe.is_dir() or recipe == out):
+        raise CheckpointError(f"{recipe} is where the Modelfile goes: name another file than {out.name}")
     checkpoint = open_checkpoint(source)
     if not mtp:
         checkpoint = checkpoint.without_mtp()
@@ -123,7 +127,7 @@ def export_gguf(
             file.flush()
             os.fsync(file.fileno())
     if beside is not None:
-        write_whole(out.with_suffix(".Modelfile"), beside)
+        write_whole(recipe, beside)
     return Written(nbytes, len(outs), tuple(_notes(config)))
 
 
@@ -394,7 +398,8 @@ def _general(source: Path, quant: Quant) -> dict[str, Value]:
     for ours, (theirs, kind) in SAMPLING.items():
         value = generation.get(ours)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[f"general.sampling.{theirs}"] = kind(value)
+            # No limit is -1 or 0 to those who read checkpoints, and 0 to llama.cpp, which takes 40 where nothing is said.
+            values[f"general.sampling.{theirs}"] = kind(value if ours != "top_k" else max(value, 0))
     return values
 
 

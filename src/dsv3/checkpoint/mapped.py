@@ -14,11 +14,12 @@ of bytes, and the matrices lie at equal distances. In files of ours they do (`ds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsv3.checkpoint.reader import Checkpoint
 
@@ -28,7 +29,7 @@ class MappedFiles:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._maps: dict[str, torch.UntypedStorage] = {}
+        self._maps: dict[str, torch.UntypedStorage | None] = {}
 
     def view(self, like: Tensor, parts: Sequence[tuple[str, Tensor]]) -> Tensor | None:
         """A parameter where it lies in a file; None if it does not lie there as it is wanted.
@@ -57,30 +58,40 @@ class MappedFiles:
             return None
         inner = like.stride() if matrices == 1 else (step // like.itemsize, *like.stride()[1:])
         storage = self._map(files.pop())
+        if storage is None:
+            return None
         return torch.empty(0, dtype=like.dtype).set_(storage, first // like.itemsize, like.shape, inner)
 
-    def _map(self, file: str) -> torch.UntypedStorage:
+    def _map(self, file: str) -> torch.UntypedStorage | None:
+        """A file; None if the system refuses, as it does where the address space is limited (`ulimit -v`)."""
         if file not in self._maps:
             path = self.checkpoint.folder / file
-            opened = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-            assert isinstance(opened, torch.UntypedStorage)
-            self._maps[file] = opened
+            try:
+                opened = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+            except RuntimeError:
+                self._maps[file] = None
+            else:
+                assert isinstance(opened, torch.UntypedStorage)
+                self._maps[file] = opened
         return self._maps[file]
 
 
-def mapped_bytes() -> int:
-    """Bytes of all files that this process maps to be written to in copy, as weights are; 0 where there is no telling.
+_IN_FILES: list[tuple[StorageWeakRef, int]] = []
+"""The map that each weight in a file is a view of, and its bytes."""
+_LOCK = Lock()
 
-    The system counts such pages as available, since it could read them again.
+
+def count(weights: Iterable[Tensor]) -> None:
+    """Let `mapped_bytes` count weights that stay in their files, until the last view of their file is gone."""
+    with _LOCK:
+        _IN_FILES.extend((StorageWeakRef(weight.untyped_storage()), weight.nbytes) for weight in weights)
+
+
+def mapped_bytes() -> int:
+    """Bytes of all weights in memory that are views of mapped files, and of nothing else in these files.
+
+    The system counts their pages as available, since it could read them again.
     """
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return 0
-    total = 0
-    for line in maps.read_text(errors="replace").splitlines():
-        span, rights, offset, _, inode, *_ = line.split()
-        # Libraries have such pages too, but never a file's first ones.
-        if rights == "rw-p" and inode != "0" and not int(offset, 16):
-            start, end = (int(address, 16) for address in span.split("-"))
-            total += end - start
-    return total
+    with _LOCK:
+        _IN_FILES[:] = [(file, nbytes) for file, nbytes in _IN_FILES if not file.expired()]
+        return sum(nbytes for _, nbytes in _IN_FILES)

@@ -51,10 +51,10 @@ def cache_tokens(config: ModelConfig, dtype: torch.dtype, free: int, mtp: bool =
     return int(free * CACHE_SHARE) // token_bytes(config, dtype, mtp) // BLOCK * BLOCK
 
 
-def fits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device has the memory for a model of this shape and dtype, as far as it tells."""
+def has_room(nbytes: int, device: torch.device) -> bool:
+    """Whether the device has so much free memory, as far as it tells."""
     free = free_memory(device)
-    return free is None or weight_bytes(config, dtype) <= free
+    return free is None or nbytes <= free
 
 
 def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -62,9 +62,10 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
     The alternatives are an allocation that fails halfway, or a kernel that ends the process.
     """
-    if fits(config, dtype, device):
+    needed = weight_bytes(config, dtype)
+    if has_room(needed, device):
         return
-    free, needed = free_memory(device) or 0, weight_bytes(config, dtype)
+    free = free_memory(device) or 0
     halved = weight_bytes(config, torch.bfloat16)
     if halved < needed and halved <= free:
         advice = f"load it as bfloat16 ({size(halved)})"
@@ -76,11 +77,10 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def check_bytes(needed: int, device: torch.device) -> None:
-    """Raise CheckpointError if the device lacks the memory for so many bytes of weights."""
-    free = free_memory(device)
-    if free is not None and needed > free:
+def check_bytes(needed: int, device: torch.device, what: str) -> None:
+    """Raise CheckpointError if the device lacks the memory for so many bytes of weights; it calls them `what`."""
+    if not has_room(needed, device):
         raise CheckpointError(
-            f"the model needs {size(needed)} as it is packed, but {size(free)} are free on {device}: convert it to fewer "
+            f"{what} needs {size(needed)}, but {size(free_memory(device) or 0)} are free on {device}: convert it to fewer "
             "bits (dsv3 convert), or it takes a machine with more memory"
         )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dsv3.checkpoint.direct import DirectReader
 from dsv3.checkpoint.hub import is_on_hub, resolve
-from dsv3.checkpoint.mapped import MappedFiles
-from dsv3.checkpoint.memory import check_bytes, check_memory
+from dsv3.checkpoint.mapped import MappedFiles, count
+from dsv3.checkpoint.memory import check_bytes, check_memory, has_room, weight_bytes
 from dsv3.checkpoint.names import Piece, table
 from dsv3.checkpoint.progress import progress_bar
 from dsv3.checkpoint.reader import (
@@ -36,7 +36,7 @@ from dsv3.checkpoint.writer import (
     write_config,
     write_weights,
 )
-from dsv3.config import read_json
+from dsv3.config import ModelConfig, read_json
 from dsv3.errors import CheckpointError, size
 from dsv3.kernels.fp8 import TILE
 from dsv3.kernels.packed import ROWS, Kind, Packed, Weight, dequantize, empty
@@ -74,13 +74,13 @@ class DeepseekV3(Transformer):
         read without mapping a file into memory. On a CPU, weights that the files have as they are wanted are not read but
         mapped (`dsv3.checkpoint.mapped`), and can be written to like any others; all takes little more memory than the
         model itself. Raises CheckpointError before allocating anything if the folder is not whole, or the model larger
-        than what is free; weights that do not fit are not even downloaded.
+        than what is free; what the hub's small files say does not fit is not even downloaded.
         """
         wanted = None if dtype is None else float_dtype(dtype)
         if dtype is not None and wanted is None:
             raise CheckpointError(f"dtype is {dtype}: load weights as float32, bfloat16 or float16")
         device = torch.device(device)
-        checkpoint = open_checkpoint(locate(path, wanted, device, whole=experts is None))
+        checkpoint = open_checkpoint(locate(path, wanted, device, packed, whole=experts is None))
         if not mtp:
             checkpoint = checkpoint.without_mtp()
         if experts is not None:
@@ -91,8 +91,10 @@ class DeepseekV3(Transformer):
         if experts is not None:
             put_stored(model, experts)
         stays = layouts(checkpoint) if packed else {}
-        if stays or experts is not None:
-            check_bytes(loaded_bytes(checkpoint, stays, wanted), device)
+        if experts is not None:
+            check_bytes(loaded_bytes(checkpoint, stays, wanted), device, "what stays in memory of the model")
+        elif stays:
+            check_bytes(loaded_bytes(checkpoint, stays, wanted), device, "the model, packed as it is,")
         else:
             check_memory(checkpoint.config, wanted, device)
         checkpoint.check_copies()
@@ -117,10 +119,10 @@ class DeepseekV3(Transformer):
         """Write a checkpoint folder.
 
         format: `bf16` and `fp32` folders are read by transformers (tested); `fp8` is DeepSeek's released layout,
-        blocks of 128 x 128. max_shard_size is in bytes.
+        blocks of 128 x 128. max_shard_size: in bytes; a parameter that is larger is a file of its own.
         mtp_copies: whether the MTP modules repeat embedding and head, as released files do. The folder
         appears when it is complete; an existing checkpoint there is replaced, any other folder that is not
-        empty is refused.
+        empty is refused. Raises CheckpointError for that, and if weights are packed, or experts not in memory.
         """
         if format not in DTYPES:
             raise CheckpointError(f"format is {format!r}: dsv3 writes {', '.join(DTYPES)}")
@@ -130,6 +132,11 @@ class DeepseekV3(Transformer):
             for piece in table(self.config).values()
             if piece.copy_of is None or (mtp_copies and ".layers." in piece.name)
         ]
+        if absent := [piece.parameter for piece in pieces if piece.parameter not in state]:
+            raise CheckpointError(
+                f"{absent[0]} is packed, or stays on disk until it is needed: a model is saved if it was loaded without "
+                "`packed` and `experts` (dsv3 convert copies packed weights as they are)"
+            )
         infos = [info for piece in pieces for info in plan(piece, state[piece.parameter].dtype, format)]
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -142,30 +149,62 @@ class DeepseekV3(Transformer):
             write_weights(folder, infos, tensors(), max_shard_size)
 
 
-def locate(path: str | Path, dtype: torch.dtype | None, device: torch.device, whole: bool = True) -> Path:
+def locate(
+    path: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    packed: bool = False,
+    whole: bool = True,
+) -> Path:
     """The folder of a model, as `resolve` has it; weights come from the hub only if they fit on this machine.
 
     What can be told from the small files is checked on them first: that dsv3 reads such a config, that the main
-    model fits into the device's memory as `dtype` (None: as stored, which is half precision at least) if the `whole` of
-    it shall be there, and that the disk has room for the weights. Raises CheckpointError or ConfigError.
+    model fits into the device's memory as `dtype` (None: as stored, which is half precision at least) or, with `packed`,
+    as it is packed, if the `whole` of it shall be there, and that the disk has room for the weights. Raises
+    CheckpointError or ConfigError.
     """
     if is_on_hub(path):
         folder = resolve(path, weights=False)
-        main = read_config(folder).replace(num_nextn_predict_layers=0)
-        if whole:
+        config, total = read_config(folder), _total_size(folder)
+        main = config.replace(num_nextn_predict_layers=0)
+        if whole and packed and config.quantization_config is not None:
+            if total is not None:
+                # Files may have modules that need not be loaded, and what lies in FP8 may not stay so: this is the least.
+                modules = weight_bytes(config, torch.bfloat16) - weight_bytes(main, torch.bfloat16)
+                check_bytes(total - modules - _copies_bytes(config), device, "the model, packed as it is,")
+        elif whole:
             check_memory(main, dtype or torch.bfloat16, device)
-        _check_disk(folder)
+        if total is not None:
+            _check_disk(folder, total)
     return resolve(path)
 
 
-def _check_disk(folder: Path) -> None:
-    """Raise CheckpointError if the weights that a folder from the hub still lacks would not fit beside it."""
+def has_room_for(folder: Path, dtype: torch.dtype, device: torch.device, packed: bool) -> bool:
+    """Whether the device has the memory for a checkpoint with its MTP modules, loaded as `from_pretrained` does."""
+    checkpoint = open_checkpoint(folder)
+    stays = layouts(checkpoint) if packed else {}
+    needed = loaded_bytes(checkpoint, stays, dtype) if stays else weight_bytes(checkpoint.config, dtype)
+    return has_room(needed, device)
+
+
+def _total_size(folder: Path) -> int | None:
+    """Bytes of all weights, as a folder's index has it; None where there is none: all are in one file, or it says no size."""
     if not (folder / INDEX).is_file():
-        return  # all weights in one file, and no other tells its size
+        return None
     metadata = read_json(folder / INDEX, CheckpointError).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if not isinstance(total, int):
-        return
+    return total if isinstance(total, int) else None
+
+
+def _copies_bytes(config: ModelConfig) -> int:
+    """Of embedding and head, that MTP modules of released files repeat."""
+    return (
+        2 * config.num_nextn_predict_layers * config.vocab_size * config.hidden_size * torch.bfloat16.itemsize
+    )
+
+
+def _check_disk(folder: Path, total: int) -> None:
+    """Raise CheckpointError if what a folder from the hub still lacks of `total` bytes would not fit beside it."""
     here = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
     free = shutil.disk_usage(folder).free
     if total - here > free:
@@ -256,13 +295,14 @@ def _load(
 
 def _map(like: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Those that can stay in their files, the tensors of a packed matrix together or not at all."""
+    dequantized = {checkpoint.pieces[name].parameter for name in checkpoint.kinds} & like.keys()
     parts: dict[str, dict[str, list[tuple[str, Tensor]]]] = {}
     for name, piece in checkpoint.pieces.items():
-        if piece.copy_of is None:
+        if piece.copy_of is None and piece.parameter not in dequantized:
             target = _target(like, piece, checkpoint.kinds.get(name))
             tensors = target.tensors if isinstance(target, Packed) else [target]
             of = parts.setdefault(piece.parameter, {})
-            for own, part, tensor in zip(_names(like, piece), checkpoint.parts(name), tensors, strict=False):
+            for own, part, tensor in zip(_names(like, piece), checkpoint.parts(name), tensors, strict=True):
                 of.setdefault(own, []).append((part, tensor))
     files = MappedFiles(checkpoint)
     mapped: dict[str, Tensor] = {}
@@ -270,6 +310,7 @@ def _map(like: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor
         views = {own: view for own in of if (view := files.view(like[own], of[own])) is not None}
         if len(views) == len(of):
             mapped |= views
+    count(mapped.values())
     return mapped
 
 
@@ -294,13 +335,13 @@ def _read(
     state: Mapping[str, Tensor], checkpoint: Checkpoint, advance: Callable[[int], None], forget: bool
 ) -> None:
     """Fill a state straight from the files; what it lacks is mapped, or a copy."""
-    reader = DirectReader(checkpoint, forget)
-    for names in checkpoint.stream_order().values():
-        for name in names:
-            piece = checkpoint.pieces[name]
-            if piece.copy_of is None and _names(state, piece):
-                reader.read(name, _target(state, piece, checkpoint.kinds.get(name)))
-            advance(checkpoint.stored_nbytes(name))
+    order = [name for names in checkpoint.stream_order().values() for name in names]
+    wanted = {n for n in order if (p := checkpoint.pieces[n]).copy_of is None and _names(state, p)}
+    reader = DirectReader(checkpoint, wanted, forget)
+    for name in order:
+        if name in wanted:
+            reader.read(name, _target(state, checkpoint.pieces[name], checkpoint.kinds.get(name)))
+        advance(checkpoint.stored_nbytes(name))
 
 
 def _names(state: Mapping[str, Tensor], piece: Piece) -> list[str]:

@@ -191,19 +191,32 @@ class Checkpoint:
     def check_copies(self) -> None:
         """Raise CheckpointError if a tensor that repeats another one differs from it.
 
-        The model keeps one of them, so loading would lose the other. Reads both a slice of rows at a time.
+        The model keeps one of them, so loading would lose the other. Reads both, a few megabytes at a time.
         """
         for name, piece in self.pieces.items():
             if piece.copy_of is None:
                 continue
-            one, other = self.get_tensor(piece.copy_of), self.get_tensor(name)
-            rows = max(1, (1 << 22) // one.shape[1])
-            for a, b in zip(one.split(rows), other.split(rows), strict=True):
-                if not torch.equal(a, b if a.dtype == b.dtype else b.to(a.dtype)):
-                    raise CheckpointError(
-                        f"{self.folder}: {name} differs from {piece.copy_of}, but the model shares one "
-                        "matrix between the two: save the checkpoint again with one in the place of both"
-                    )
+            same = self.tensors[name].shape == self.tensors[piece.copy_of].shape and all(
+                torch.equal(one, other.to(one.dtype))
+                for one, other in zip(
+                    self._read_through(piece.copy_of), self._read_through(name), strict=True
+                )
+            )
+            if not same:
+                raise CheckpointError(
+                    f"{self.folder}: {name} differs from {piece.copy_of}, but the model shares one "
+                    "matrix between the two: save the checkpoint again with one in the place of both"
+                )
+
+    def _read_through(self, name: str, at_once: int = 1 << 22) -> Iterator[Tensor]:
+        """The numbers of a tensor, so many after so many."""
+        info = self.tensors[name]
+        with (self.folder / self.shard_of[name]).open("rb") as file:
+            for numbers in torch.empty(info.shape, dtype=info.dtype, device="meta").flatten().split(at_once):
+                read = torch.empty_like(numbers, device="cpu")
+                file.seek(info.offset + numbers.storage_offset() * info.dtype.itemsize)
+                file.readinto(read.view(torch.uint8).numpy().data)
+                yield read
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

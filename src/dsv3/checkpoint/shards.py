@@ -5,8 +5,9 @@ shape, and the bytes it occupies), then the tensors' bytes without holes. Nothin
 
 We read headers ourselves, since they tell everything that can be wrong with a file before any weight is touched. We also
 write ourselves: where each tensor lies follows from shapes alone, so shards are written while their tensors are made, one
-in memory at a time, in any order. Files of ours are laid out to be used where they lie (`dsv3.checkpoint.mapped`): numbers
-begin where a line of the processor's cache does, and what the model keeps together lies together.
+in memory at a time, in any order. Files of ours are laid out to be used where they lie (`dsv3.checkpoint.mapped`): tensors
+of whole lines of the processor's cache, as all large matrices are, begin where a line does, and what the model keeps together
+lies together.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _CODES = {
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 ALIGNED = 64
-"""Bytes: matrices begin where a line of the processor's cache does."""
+"""Bytes of a line of the processor's cache, where matrices begin."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,14 @@ def write_shards(shards: Mapping[Path, Sequence[TensorInfo]], tensors: Iterable[
 
 def _lay_out(infos: Sequence[TensorInfo]) -> tuple[bytes, list[TensorInfo]]:
     """The beginning of a file, and where in it each tensor goes."""
-    # Wider dtypes come first, so that every tensor is aligned. Those alike, as the scales of all experts of a layer are, stay
-    # in a row, or a stack of them could not be mapped: codes and zeros have the same dtype, but not as many dimensions.
-    ordered = sorted(infos, key=lambda info: (-info.dtype.itemsize, _CODES[info.dtype], -len(info.shape)))
+
+    # Whole lines come first, then wider dtypes, so that every tensor is aligned. Those alike, as the scales of all experts of
+    # a layer are, stay in a row, or a stack of them could not be mapped: codes and zeros have the same dtype, but not as
+    # many dimensions.
+    def place(info: TensorInfo) -> tuple[bool, int, str, int]:
+        return info.nbytes % ALIGNED != 0, -info.dtype.itemsize, _CODES[info.dtype], -len(info.shape)
+
+    ordered = sorted(infos, key=place)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in ordered:

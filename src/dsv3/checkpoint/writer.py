@@ -32,6 +32,7 @@ from dsv3.checkpoint.names import HEAD, INTEGER_SCALE_SUFFIX, SCALE_SUFFIX, ZERO
 from dsv3.checkpoint.reader import CONFIG, FP8, INDEX, SINGLE, Stored
 from dsv3.checkpoint.shards import TensorInfo, write_shards
 from dsv3.errors import CheckpointError, UserError, size
+from dsv3.files import write_whole
 from dsv3.kernels.packed import Packed, dequantize, integer_shapes, packs
 from dsv3.quant.fp8 import quantize_blocks, scale_shape
 from dsv3.quant.integers import quantize
@@ -147,7 +148,8 @@ def write_weights(
     """Write shards and their index, or one file where one is enough.
 
     infos: in the model's order, which becomes that of the files; `tensors` yields what they announce in any order.
-    max_shard_size is in bytes.
+    max_shard_size is in bytes; a parameter larger than that, such as all experts of a layer, is a file of its own, or it
+    could not be mapped.
     """
     total = sum(info.nbytes for info in infos)
     check_space(folder, total)
@@ -175,19 +177,17 @@ def check_space(folder: Path, total: int) -> None:
 
 
 def _split(infos: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
-    """Into shards as full as can be, but a parameter is cut only if no shard could hold all of it."""
+    """Into shards as full as can be, whose parameters are whole: one that is too large is a shard of its own."""
     shards: list[list[TensorInfo]] = [[]]
     room = max_shard_size
     for _, tensors in groupby(infos, key=lambda info: info.parameter or info.name):
         together = list(tensors)
-        whole = sum(info.nbytes for info in together)
-        for part in [together] if whole <= max_shard_size else [[info] for info in together]:
-            nbytes = sum(info.nbytes for info in part)
-            if shards[-1] and nbytes > room:
-                shards.append([])
-                room = max_shard_size
-            shards[-1] += part
-            room -= nbytes
+        nbytes = sum(info.nbytes for info in together)
+        if shards[-1] and nbytes > room:
+            shards.append([])
+            room = max_shard_size
+        shards[-1] += together
+        room -= nbytes
     return shards
 
 
@@ -206,7 +206,7 @@ def write_config(
 
 
 def write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_weights(file: Path) -> bool:

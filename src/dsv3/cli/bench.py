@@ -13,6 +13,7 @@ from rich.console import Console, Group
 
 from dsv3.cli.bars import progress_bar
 from dsv3.cli.tables import grid, noted, table
+from dsv3.cli.units import number_or_word
 from dsv3.errors import UserError, size
 
 _NOTE = (
@@ -64,7 +65,7 @@ def bench(
     from dsv3.kernels.native import instructions
 
     kernels = instructions()  # which compiles them, if they are not yet: not a part of loading
-    guesses: Any = int(speculation) if speculation.isdigit() else speculation
+    guesses: Any = number_or_word(speculation)
     every = threads or torch.get_num_threads()
     start = time.perf_counter()
     llm = LLM(

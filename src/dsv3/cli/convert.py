@@ -69,8 +69,13 @@ def convert(
             help="Compare the result with the source on this text, a file or a folder.", metavar="TEXT"
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Pieces of a text to read at most.")] = 64,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 512,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pieces of a text to read at most; 64 by default.", show_default=False),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a piece; 512 by default.", show_default=False)
+    ] = None,
     mtp: Annotated[
         bool,
         typer.Option("--mtp/--no-mtp", help="GGUF: with the multi-token prediction modules, or without."),
@@ -86,15 +91,23 @@ def convert(
     from dsv3.checkpoint.hub import expand, resolve
     from dsv3.checkpoint.reader import open_checkpoint
 
-    for flag, value in (("--group", group), ("--zero-points", zero_points), ("--calibrate", calibrate)):
-        if value and to not in _INTEGERS:
+    for flag, given in (
+        ("--group", group is not None),
+        ("--zero-points", zero_points),
+        ("--calibrate", calibrate is not None),
+    ):
+        if given and to not in _INTEGERS:
             raise UserError(f"{flag} is for integers: --to is {to}")
+    for flag, number in (("--samples", samples), ("--length", length)):
+        if number is not None and calibrate is None and report is None:
+            raise UserError(f"{flag} is of a text: give one to --calibrate or --report")
     if quant is not None and to != "gguf":
         raise UserError(f"--quant is for GGUF: --to is {to}")
     if ollama and to != "gguf":
         raise UserError(f"--ollama is for GGUF: --to is {to}")
     if not mtp and to != "gguf":
         raise UserError(f"--no-mtp is for GGUF: --to is {to}, which keeps the modules")
+    samples, length, group = samples or 64, length or 512, 32 if group is None else group
     out = expand(out)
     notes: tuple[str, ...] = ()
     compared: Divergence | None = None
@@ -111,7 +124,7 @@ def convert(
                 out,
                 to,
                 progress=sys.stderr.isatty(),
-                group=group or 32,
+                group=group,
                 zero_points=zero_points,
                 importance=importance,
             )

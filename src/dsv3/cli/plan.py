@@ -14,6 +14,7 @@ from rich.console import Console, Group
 
 from dsv3.cli import plan_view as view
 from dsv3.cli.plan_view import Shown
+from dsv3.cli.units import number_or_word
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import UserError
 
@@ -319,7 +320,7 @@ def _layout(text: str | None) -> Layout | None:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
             raise typer.BadParameter(f"{item!r} must be KEY=VALUE", param_hint="--layout")
-        values[key] = int(value) if value.isdigit() else value
+        values[key] = number_or_word(value)
     try:
         return build(Layout, values, "--layout")
     except RecipeError as problem:

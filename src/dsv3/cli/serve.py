@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv3.cli.units import number_or_word
+
 if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from dsv3.engine.async_engine import AsyncEngine
     from dsv3.server.settings import Settings
@@ -133,7 +135,7 @@ def serve(
             max_batched_tokens=max_batched_tokens,
             cache_tokens=cache_tokens,
             memory=memory,
-            speculation=_speculation(speculation),
+            speculation=number_or_word(speculation),  # what is neither, the engine refuses
             deterministic=deterministic,
             prefix_caching=not no_prefix_caching,
             seed=seed,
@@ -159,11 +161,6 @@ def _name(model: str) -> str:
     if is_gguf(Path(model)):
         return Path(model).stem
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def _speculation(text: str) -> Any:
-    """auto, off, or a number; what is none of them, the engine refuses."""
-    return int(text) if text.isdecimal() else text
 
 
 def _set_up_logs() -> None:

@@ -51,7 +51,7 @@ class Budget:
 
 def parse_memory(memory: str | int) -> int:
     """Bytes of "12GB" (decimal), "12GiB", "500MB" or a number. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", str(memory).strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", str(memory).strip().lower())
     found = 0
     if match is not None:
         power = " kmgt".index(match[2] or " ")

@@ -27,9 +27,8 @@ from typing import Any, TypeGuard
 import torch
 
 from dsv3.checkpoint.experts import ExpertFiles
-from dsv3.checkpoint.memory import fits
-from dsv3.checkpoint.pretrained import DeepseekV3, locate
-from dsv3.checkpoint.reader import generation_config, open_checkpoint, read_config
+from dsv3.checkpoint.pretrained import DeepseekV3, has_room_for, locate
+from dsv3.checkpoint.reader import generation_config, open_checkpoint
 from dsv3.engine.budget import parse_memory, plan
 from dsv3.engine.engine import Engine, Speculation
 from dsv3.engine.machine import choose_device, choose_dtype, computes_packed, suggested_threads
@@ -138,19 +137,22 @@ class LLM:
         memory: bytes, or a size such as "12GB", to keep to: what a token needs stays in memory, routed experts are read
         from disk when they are needed, and `experts` counts how often (`dsv3.engine.offload`; speculation "auto" is off
         then, for guesses read experts too). On a GPU it is what the experts may take of main memory. `Engine` explains the rest. Raises UserError for what cannot be loaded or does not fit; from
-        the hub it is not even downloaded.
+        the hub it is not even downloaded, if the small files tell (`dsv3.checkpoint.pretrained.locate`).
         """
         self.default_params = SamplingParams()
         self.experts: ExpertCache | None = None
         if not isinstance(model, Transformer):
             place = choose_device(device)
             number = choose_dtype(dtype, place)
-            folder = locate(model, number, place, whole=memory is None)
+            packed = computes_packed(number, place)
+            folder = locate(model, number, place, packed, whole=memory is None)
             tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
             self.default_params = read_generation_config(folder)
-            mtp = speculation != "off" and (speculation != "auto" or fits(read_config(folder), number, place))
-            packed = computes_packed(number, place)
-            if memory is not None:
+            if memory is None:
+                mtp = speculation != "off"
+                if speculation == "auto":
+                    mtp = has_room_for(folder, number, place, packed)
+            else:
                 checkpoint = open_checkpoint(folder)
                 mtp = speculation not in ("auto", "off", 0)
                 speculation = speculation if mtp else "off"

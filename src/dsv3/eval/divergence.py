@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from dsv3.checkpoint.pretrained import DeepseekV3
 from dsv3.engine.machine import computes_packed
 from dsv3.kernels.inference import linear
-from dsv3.kernels.packed import Weight
+from dsv3.kernels.packed import Packed, Weight
 from dsv3.model.layers import weight_of
 
 _ROWS = 512  # tokens whose logits are in memory at once
@@ -79,7 +79,14 @@ def read(
         features.append(hidden[0])
         if progress is not None:
             progress(done, len(ids))
-    return Reading(ids, features, weight_of(model.lm_head))
+    return Reading(ids, features, _copy(weight_of(model.lm_head)))
+
+
+def _copy(weight: Weight) -> Weight:
+    """One in memory of its own: a view of a file would keep all of it mapped."""
+    if isinstance(weight, Packed):
+        return Packed(weight.kind, *(tensor.clone() for tensor in weight.tensors))
+    return weight.clone()
 
 
 @torch.inference_mode()

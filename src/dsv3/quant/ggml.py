@@ -79,11 +79,16 @@ def quantize(x: Tensor, to: Type) -> Tensor:
         for first in range(0, len(rows), step):
             part = rows[first : first + step].float()
             if not bool((part.abs() < 1e6).all()):  # NaN is not, either
-                raise UserError(
-                    f"cannot be quantised to {to.name}: it holds infinite, undefined (NaN) or huge weights"
-                )
-            blocks[first : first + step] = encode(part.view(-1, to.block)).view(len(part), -1)
+                raise _no_number(to)
+            try:
+                blocks[first : first + step] = encode(part.view(-1, to.block)).view(len(part), -1)
+            except OverflowError:
+                raise _no_number(to) from None
     return blocks.view(*x.shape[:-1], -1)
+
+
+def _no_number(to: Type) -> UserError:
+    return UserError(f"cannot be quantised to {to.name}: it holds infinite, undefined (NaN) or huge weights")
 
 
 def dequantize(blocks: Tensor, kind: Type, dtype: torch.dtype) -> Tensor:
@@ -243,8 +248,11 @@ def _signed_units(values: Tensor, reach: int) -> tuple[Tensor, Tensor]:
 
 
 def _half(x: Tensor) -> Tensor:
-    """Numbers [n, ...] as the bytes of halves, [n, bytes]."""
-    return x.flatten(1).half().view(torch.uint8)
+    """Numbers [n, ...] as the bytes of halves, [n, bytes]. OverflowError if one is larger than those are."""
+    halves = x.flatten(1).half()
+    if not bool(halves.isfinite().all()):
+        raise OverflowError
+    return halves.view(torch.uint8)
 
 
 def _float(halves: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def load_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 def _put(values: Any, keys: list[str], value: Any) -> None:
     for i, key in enumerate(keys):
-        place: Any = int(key) if isinstance(values, list) and key.isdigit() else key
+        place: Any = int(key) if isinstance(values, list) and key.isdecimal() else key
         if i == len(keys) - 1 and isinstance(values, dict):
             values[place] = value
             return
