@@ -13,7 +13,8 @@ llama-batched-bench (several sequences), `--rounds` times in turn, each a proces
 llama.cpp has the best of its settings for each number, chosen in a round before that does not count: flash attention
 on and off, repacked weights and plain ones. Settings with which it fails are left out.
 
-- load: from the file to the first token. Of llama.cpp the whole process, of dsv3 without Python's imports.
+- load: from the file, which the system has in memory, to the first token. Of llama.cpp the whole process, of dsv3 without
+  Python's imports.
 - memory: the most that the process held, with one sequence.
 
 The table gives medians and their ratio, and what share of this machine's roofline dsv3 reaches. What was measured is
@@ -273,6 +274,14 @@ def choose(gguf: Path, args: argparse.Namespace) -> dict[str, Setting]:
 # All rounds, and the table -----------------------------------------------------------------------------------
 
 
+def into_cache(path: Path) -> None:
+    """Read a model's files, so that the system has them in memory if there is room: both are loaded warm."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            while opened.read(1 << 26):
+                pass
+
+
 def measure(
     size: str, bits: str, known: dict[str, Any], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
@@ -291,6 +300,7 @@ def measure(
         done: dict[str, Any] = {"llama.cpp": {}}
         for who in ("dsv3", "llama.cpp") if number % 2 else ("llama.cpp", "dsv3"):
             say(f"{size}, {bits}: {who}, round {number} of {args.rounds}")
+            into_cache(folder if who == "dsv3" else gguf)
             if who == "dsv3":
                 done["dsv3"], done["shares"] = ours(folder, args)
                 continue

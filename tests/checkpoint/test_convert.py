@@ -357,3 +357,15 @@ def test_progress_is_shown_on_standard_error(
     captured = capsys.readouterr()
     assert "Converting to fp8" in captured.err and captured.out == ""
     assert open_checkpoint(tmp_path / "out").quantized
+
+
+def test_what_is_somebodys_own_stays_in_a_folder_that_is_replaced(bf16: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(bf16, out, "int8")
+    for name in ("notes.txt", "log.json"):
+        (out / name).write_text("mine")
+    (out / "merges.txt").write_text("of another tokenizer")
+    convert(bf16, out, "fp8")
+    for name in ("notes.txt", "log.json"):
+        assert (out / name).read_text() == "mine"
+    assert not (out / "merges.txt").exists()

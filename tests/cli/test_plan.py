@@ -116,7 +116,7 @@ def test_two_4090s_and_256_gb(columns: int, run) -> None:
         r"q2_k_xl +251\.1 +[\d.]+ +[\d.]+ +- +32,768 +\d\.\d",
         r"The largest that stays in memory is q2_k_xl: about \d\.\d tokens/s",
         r"int8 +none that we know splits it so",
-        r"dsv3 itself runs bf16",
+        r"dsv3: bf16 in RAM or on one GPU",
         r"overhead +0\.5 ms",
         r"disk +3\.0 GB/s",
     )
@@ -127,7 +127,7 @@ def test_fit_as_json(facts) -> None:
     found = facts("v3-671b --fit --gpu rtx4090 --gpus 2 --ram 256GB --ram-bandwidth 90GB/s")
     assert found["best"] == "q2_k_xl" and found["machine"]["gpus"] == 2
     assert found["machine"]["ram"] == 256e9 and found["machine"]["ram_bandwidth"] == 90e9
-    assert len(found["options"]) == 10 and {o["format"] for o in found["options"]} >= {"fp8", "int8", "q8_0"}
+    assert len(found["options"]) == 11 and {o["format"] for o in found["options"]} >= {"fp8", "int8", "q8_0"}
 
 
 def test_fit_of_this_machine(facts) -> None:

@@ -40,6 +40,21 @@ from dsv3.kernels.packed import GROUPS, ROWS
 
 To = Literal["bf16", "fp8", "int8", "int4", "mixed"]
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+_LICENCES = ("LICENSE", "NOTICE")
+_OF_ONE_MODEL = {
+    "README.md",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+"""What must not stay beside another model's weights, and licences. Any other file in a folder that is replaced is somebody's own."""
 
 
 def convert(
@@ -84,7 +99,7 @@ def convert(
     total = sum(map(checkpoint.stored_nbytes, checkpoint.pieces))
 
     def is_replaced(file: Path) -> bool:
-        return is_weights(file) or _is_companion(file)
+        return is_weights(file) or file.name in _OF_ONE_MODEL or file.name.startswith(_LICENCES)
 
     with (
         staged(out, is_replaced) as folder,
@@ -152,5 +167,5 @@ def _companions(folder: Path) -> list[Path]:
 
 def _is_companion(file: Path) -> bool:
     """Whether a file belongs to a model besides config and weights."""
-    is_one = file.suffix in _COMPANIONS or file.name.startswith(("LICENSE", "NOTICE"))
+    is_one = file.suffix in _COMPANIONS or file.name.startswith(_LICENCES)
     return is_one and not is_weights(file)

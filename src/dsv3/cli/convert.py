@@ -111,6 +111,8 @@ def convert(
     out = expand(out)
     notes: tuple[str, ...] = ()
     compared: Divergence | None = None
+    there = expand(out)
+    replaces = there.is_file() or (there / "config.json").is_file()
     try:
         source = resolve(model)
         before = None if report is None else _read(source, _ids(source, report, samples, length))
@@ -148,8 +150,9 @@ def convert(
         print(json.dumps(facts))
         return
     form = f"gguf {quant or 'bf16'}" if to == "gguf" else to
+    place = ", in the place of what was there" if replaces else ""
     print(
-        f"wrote {out} as {form}: {size(nbytes)} of weights in {'1 file' if files == 1 else f'{files} files'}"
+        f"wrote {out} as {form}{place}: {size(nbytes)} of weights in {'1 file' if files == 1 else f'{files} files'}"
     )
     for note in notes:
         print(f"note: {note}")

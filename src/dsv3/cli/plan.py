@@ -286,7 +286,12 @@ def _bytes(text: str, flag: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?(?:/s)?\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
         raise typer.BadParameter(f"{text!r} must be a size, such as 256GB", param_hint=flag)
-    return float(match[1]) * _POWERS[match[2].upper()]
+    nbytes = float(match[1]) * _POWERS[match[2].upper()]
+    if nbytes < 1e6:
+        raise typer.BadParameter(
+            f"{text!r} is {nbytes:,.0f} bytes: give a size such as 256GB", param_hint=flag
+        )
+    return nbytes
 
 
 def _pair(text: str | None) -> tuple[int | None, int | None]:

@@ -354,7 +354,10 @@ def fitting(name: str, machine: Machine, options: Sequence[Option]) -> Shown:
     sizes = noted(
         made, f"Sizes in {unit}. prompt/s: tokens per second of reading a prompt of 2,048, at most."
     )
-    runs = noted(programs, "dsv3 itself runs bf16 weights, in RAM or on one GPU.")
+    runs = noted(
+        programs,
+        "dsv3: bf16 in RAM or on one GPU; packed as `dsv3 convert` does it without a GPU, with --memory from disk, too.",
+    )
     verdict = "Nothing stays in memory: what is read from disk for each token is slow."
     if chosen is not None:
         verdict = (

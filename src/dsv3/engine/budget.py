@@ -50,11 +50,11 @@ class Budget:
 
 
 def parse_memory(memory: str | int) -> int:
-    """Bytes of "12GB" (decimal), "12GiB", "500MB" or a number. Raises UserError."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", str(memory).strip().lower())
+    """Bytes of "12GB" or "12G" (decimal), "12GiB", "500MB" or a number. Raises UserError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b|([kmgt]))?", str(memory).strip().lower())
     found = 0
     if match is not None:
-        power = " kmgt".index(match[2] or " ")
+        power = " kmgt".index(match[2] or match[4] or " ")
         found = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if found <= 0:
         raise UserError(f"memory is {memory!r}: give a size such as 12GB, 12GiB or 800MB")

@@ -28,7 +28,7 @@ import torch
 
 from dsv3.checkpoint.experts import ExpertFiles
 from dsv3.checkpoint.pretrained import DeepseekV3, has_room_for, locate
-from dsv3.checkpoint.reader import generation_config, open_checkpoint
+from dsv3.checkpoint.reader import generation_config, open_checkpoint, read_config
 from dsv3.engine.budget import parse_memory, plan
 from dsv3.engine.engine import Engine, Speculation
 from dsv3.engine.machine import choose_device, choose_dtype, computes_packed, suggested_threads
@@ -146,6 +146,7 @@ class LLM:
             number = choose_dtype(dtype, place)
             packed = computes_packed(number, place)
             folder = locate(model, number, place, packed, whole=memory is None)
+            read_config(folder)  # before the tokenizer, which would be missed in whatever is no checkpoint
             tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
             self.default_params = read_generation_config(folder)
             if memory is None:

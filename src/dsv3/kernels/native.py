@@ -20,6 +20,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
@@ -206,6 +207,8 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
             return _open(folder / name)
         except OSError:
             pass  # cut off, or of another system
+    if sys.stderr.isatty():
+        print("Compiling kernels for this processor, once: some ten seconds", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / name
         command = [*compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)]

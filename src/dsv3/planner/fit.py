@@ -49,9 +49,10 @@ class Format:
 
 FORMATS = (
     Format("bf16", 16, 16, 16, ("dsv3", TOGETHER, "KTransformers", "SGLang on CPU", "llama.cpp")),
-    Format("q8_0", 8.5, 8.5, 8.5, ("llama.cpp", "KTransformers")),
-    Format("fp8", 8.002, 8.002, 16, (TOGETHER, "KTransformers", "SGLang on CPU")),
+    Format("q8_0", 8.5, 8.5, 8.5, ("dsv3 int8", "llama.cpp", "KTransformers")),
+    Format("fp8", 8.002, 8.002, 16, ("dsv3 fp8", TOGETHER, "KTransformers", "SGLang on CPU")),
     Format("int8", 8.01, 8.01, 16, (TOGETHER, "KTransformers", "SGLang on CPU")),
+    Format("mixed", 4.5, 8.5, 12.25, ("dsv3 mixed",)),
     Format("q4_k_m", 4.82, 4.78, 5.53, ("llama.cpp", "KTransformers")),
     Format("int4", 4.25, 4.25, 16, (TOGETHER, "KTransformers")),
     Format("q3_k_xl", 3.476, 5.5, 5.5, ("llama.cpp",)),
@@ -302,8 +303,12 @@ def _runs(
 
     rest: all but the experts is on GPUs; whole: everything is; alone: one GPU, or main memory, holds everything.
     """
+    packed = not machine.gpus  # and with --memory whatever main memory does not hold
     able = {
         "dsv3": alone,
+        "dsv3 int8": packed,
+        "dsv3 fp8": packed,
+        "dsv3 mixed": packed,
         TOGETHER: whole,
         "KTransformers": rest and not whole and not disk,
         "SGLang on CPU": not machine.gpus and not disk,

@@ -123,6 +123,7 @@ def _essence(recipe: Recipe, options: Options) -> dict[str, Any]:
         "scale": options.scale,
         "init": options.init,
         "optimizer": dataclasses.asdict(recipe.optimizer),
+        "data": dataclasses.asdict(dataclasses.replace(recipe.data, slurm={}, ray={})),
         "stages": {
             name: dataclasses.asdict(dataclasses.replace(phase, parallel=None))
             for name, phase in recipe.phases.items()
