@@ -11,7 +11,7 @@ from dsv3.planner.hardware import find_profile, load_profiles
 
 NUMBERS = {
     "memory", "bandwidth", "bf16_flops", "fp8_flops", "int8_ops", "int4_ops", "nvlink", "network",
-    "gpus_per_node", "dollars_per_hour", "sms",
+    "gpus_per_node", "dollars_per_hour", "sms", "grouped",
 }  # fmt: skip
 
 
@@ -26,6 +26,7 @@ def test_shipped() -> None:
     h800, h100 = profiles["h800"], profiles["h100"]
     assert h800.bf16_flops == h100.bf16_flops and h800.nvlink < h100.nvlink, "what makes a H800 of a H100"
     assert h800.dollars_per_hour == 2.0, "report, table 1"
+    assert {name for name, each in profiles.items() if not each.grouped} == {"cpu", "server-cpu"}
     assert profiles["a100"].fp8_flops == 0
     assert profiles["a100"].flops("fp8") == profiles["a100"].bf16_flops, "computed in bf16"
     assert h100.flops("fp8") == 2 * h100.bf16_flops + 1e12 == 1979e12

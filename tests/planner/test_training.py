@@ -16,7 +16,7 @@ from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import UserError
 from dsv3.planner.assumptions import listed
 from dsv3.planner.footprint import held, kept
-from dsv3.planner.hardware import load_profiles
+from dsv3.planner.hardware import Hardware, load_profiles
 from dsv3.planner.model import parameters, stages
 from dsv3.planner.roofline import SOURCES, UNITS, Assumptions, Roofline, visited
 from dsv3.planner.training import TrainingPlan, plan_recipe, plan_training, search
@@ -263,6 +263,95 @@ def test_more_of_anything_costs_more() -> None:
     few = planned(batch=7680)
     assert few.timeline is not None and base.timeline is not None
     assert few.timeline.idle > 1.5 * base.timeline.idle, "the bubble is as long, the rest half"
+
+
+def test_more_experts_of_few_rows_cost_bytes() -> None:
+    """As many rows in all, 48 to 6 for each expert: what grows is weights to read and gradients to add up."""
+    few = PRESETS["v3-16b"].replace(n_group=1, topk_group=1)
+    many = few.replace(n_routed_experts=8 * (few.n_routed_experts or 0))
+
+    def slower(hardware: Hardware, **options: Any) -> float:
+        options = {"sequence_length": 512, "batch": 1, "precision": "bf16"} | options
+        a, b = (plan_training(c, hardware, Layout(), assumed=EVEN, **options) for c in (few, many))
+        return b.seconds_per_step / a.seconds_per_step
+
+    h100 = HARDWARE["h100"]
+    assert slower(h100, batch=8) > 3, "bound by memory"
+    assert slower(dataclasses.replace(h100, bandwidth=1e18), batch=8) < 1.1, (
+        "bytes cost nothing: as much arithmetic"
+    )
+    assert slower(h100, batch=8, microbatch=8) < slower(h100, batch=8), (
+        "gradients are added up once, not 8 times"
+    )
+    reports = planned()
+    assert (
+        planned(config=V3.replace(n_routed_experts=512)).seconds_per_step < 1.04 * reports.seconds_per_step
+    ), "the report's experts have thousands of rows"
+
+
+def test_a_cpu_calls_each_expert() -> None:
+    """Beside what its products read and compute; a GPU launches one kernel for all."""
+    nano = PRESETS["nano"]
+    options: dict[str, Any] = {"batch": 8, "precision": "bf16", "sequence_length": 512, "recompute": False}
+
+    def work(config: ModelConfig = nano, **changes: Any) -> dict[str, dict[str, float]]:
+        cpu = dataclasses.replace(HARDWARE["cpu"], **changes)
+        plan = plan_training(config, cpu, Layout(), **options)
+        return {"forward": plan.forward_time, "backward": plan.backward_time}
+
+    apart, grouped, layers = work(), work(grouped=1), 6  # five of the model and the MTP module's
+    calls = layers * 16 * 2 * Assumptions().call
+    assert apart["forward"]["routed experts"] - grouped["forward"]["routed experts"] == pytest.approx(calls)
+    stacked = layers * 16 * 3 * 256 * 128 * 2 * 2 / (HARDWARE["cpu"].bandwidth * Assumptions().memory)
+    assert apart["backward"]["routed experts"] - grouped["backward"]["routed experts"] == pytest.approx(
+        2 * calls + stacked
+    )
+    longer = work(nano.replace(n_routed_experts=128))
+    assert sum(longer["backward"].values()) > 1.8 * sum(apart["backward"].values())
+
+
+def test_experts_that_nobody_chose_are_not_read() -> None:
+    one = roofline(Layout(), seq=1)
+    assert one._chosen == pytest.approx(8) and roofline(Layout(), seq=2)._chosen == pytest.approx(
+        16 - 8 * 8 / 256
+    )
+    assert roofline()._chosen == 4, "of a device of the report's"
+    assert one._product(8, 7168, 4096, 256, 8)[0] == pytest.approx(one._product(8, 7168, 4096, 8)[0])
+    assert one._product(8, 7168, 4096, 256, 8)[2] > 8 * one._product(8, 7168, 4096, 8)[2], (
+        "gradients of all are added up"
+    )
+
+
+def test_bytes_of_a_gradient() -> None:
+    """By hand: 4 bytes read and 4 written; outside of FP8 also written and read as the product gives it."""
+    bandwidth = HARDWARE["h800"].bandwidth * Assumptions().memory
+    for precision, each in (("fp8", 8), ("bf16", 12), ("fp32", 16)):
+        seconds = roofline(precision=precision)._product(1, 7168, 4096)[
+            2
+        ]  # the one row takes next to nothing
+        assert seconds == pytest.approx(each * 7168 * 4096 / bandwidth, rel=2e-3), precision
+
+
+def test_bytes_of_the_optimiser() -> None:
+    """By hand, for each number: a float32 gradient read for the norm, read for the update and zeroed (12), a bf16
+    weight written (2), a float32 master and two moments of 2 bytes read and written (16)."""
+    tiny, cpu = PRESETS["tiny"], HARDWARE["cpu"]
+    options: dict[str, Any] = {"batch": 4, "sequence_length": 64, "precision": "bf16"}
+    whole = parameters(tiny)
+    numbers = sum(whole.values())
+
+    def moved(layout: Layout, **changes: Any) -> float:
+        plan = plan_training(tiny, cpu, layout, **options | changes)
+        return plan.step_time["update"] * cpu.bandwidth * Assumptions().elementwise
+
+    near = 0.01  # correction biases and the last norms are left out
+    assert moved(Layout()) == pytest.approx(30 * numbers, rel=near)
+    assert moved(Layout(), moments="fp32") == pytest.approx(38 * numbers, rel=near)
+    assert moved(Layout(), precision="fp32") == pytest.approx(32 * numbers, rel=near)
+    assert moved(Layout(data=4)) == pytest.approx((26 / 4 + 4) * numbers, rel=near), (
+        "ZeRO-1: all zeroed, a quarter updated"
+    )
+    assert moved(Layout(data=4, sharding="none")) == pytest.approx(30 * numbers, rel=near)
 
 
 def test_what_hides_travel() -> None:

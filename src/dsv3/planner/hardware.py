@@ -8,9 +8,9 @@ of one's own, in the same form:
       like: h100                                                   # take what is not said from there
       dollars_per_hour: {value: 2.49, source: contract of June}
 
-Every number is what a data sheet or a list of prices says, with where that is. What programs reach of it is another
-matter, and written elsewhere: `dsv3.planner.training` and `dsv3.planner.serving` list what they assume. Arithmetic is
-dense (no structured sparsity), bandwidths are of one direction.
+Every number is what a data sheet or a list of prices says (`grouped`: what libraries can do there), with where that is.
+What programs reach of it is another matter, and written elsewhere: `dsv3.planner.training` and `dsv3.planner.serving`
+list what they assume. Arithmetic is dense (no structured sparsity), bandwidths are of one direction.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Hardware:
     """Of one accelerator."""
     sms: int
     """Multiprocessors; cores of a CPU."""
+    grouped: int
+    """1 where one kernel multiplies for all experts at once; 0 where each expert's product is a call of its own."""
     sources: dict[str, str] = field(default_factory=dict, compare=False)
     """Where each number is from."""
 
@@ -78,8 +80,8 @@ class Hardware:
 
 
 _NUMBERS = tuple(f.name for f in dataclasses.fields(Hardware) if f.name not in ("name", "title", "sources"))
-_WHOLE = ("gpus_per_node", "sms")
-_MAY_LACK = ("fp8_flops", "int8_ops", "int4_ops", "dollars_per_hour")
+_WHOLE = ("gpus_per_node", "sms", "grouped")
+_MAY_LACK = ("fp8_flops", "int8_ops", "int4_ops", "dollars_per_hour", "grouped")
 
 
 def load_profiles(extra: Path | None = None) -> dict[str, Hardware]:

@@ -1,10 +1,14 @@
 """How long one layer takes on one accelerator, from what its kernels compute and move.
 
-Every kernel is one of four kinds:
+Every kernel is one of five kinds:
 
 - a *matrix product* takes the time of its arithmetic, or of reading its operands if that is longer, and after it
   the time of writing the result, which block-scaled kernels of one tile per block do not overlap with computing. The
-  gradient of a weight is added to float32 numbers in memory, which are read and written for each microbatch.
+  gradient of a weight is added to float32 numbers in memory, which are read and written for each microbatch; FP8's
+  kernels do that themselves, torch's write the gradient in the weight's dtype, and it is read to be added.
+- *routed experts* are products of few rows, the fewer the more experts there are: the same arithmetic, but weights
+  of all experts that any token chose are read, and gradients of all that are held are added up, chosen or not. A GPU
+  multiplies for all experts in one launch; elsewhere each expert's product is a call of its own, which takes its time.
 - *attention itself* takes the time of its arithmetic, at a rate that grows with the length of the rows.
 - what lies between (norms, casts to FP8 and transposes of what was cast, rotation, SwiGLU, moving rows to experts and
   adding them up again) takes the time of the bytes that it reads and writes. They are counted here tensor by tensor.
@@ -53,6 +57,13 @@ class Assumptions:
     """Kernels of a layer and pass too small for that."""
     kernel: float = 4.8e-6
     """Seconds that each of them takes."""
+    call: float = 11e-6
+    """Seconds that an expert's product takes beside its arithmetic and bytes, where it is a call of its own."""
+    gradient_passes: float = 2.0
+    """How often a microbatch's gradient of a weight is written or read in the products' dtype before it is in the
+    float32 sum; never in FP8, whose kernels add to that themselves."""
+    stacked_passes: float = 2.0
+    """How often it is besides, for experts whose products are calls of their own."""
     network: float = 0.87
     """Share of the network's bandwidth that dispatch, combine and collectives reach."""
     nvlink: float = 0.77
@@ -73,7 +84,14 @@ class Assumptions:
 
 
 _TRACE = "DeepSeek's trace of 4 layers of V3's training (profile-data, train.json): "
-UNITS = {"attention_length": "tokens", "kernels": "per layer and pass", "kernel": "s"}
+UNITS = {
+    "attention_length": "tokens",
+    "kernels": "per layer and pass",
+    "kernel": "s",
+    "call": "s",
+    "gradient_passes": "times",
+    "stacked_passes": "times",
+}
 SOURCES = {
     "products_fp8": "DeepGEMM's first table (Feb 2025, H800, 4,096 rows and 4 x 8,192) over its speed-up over the kernels "
     "before it, which V3 was trained with: 1,060 to 1,270 of 1,979 TFLOP/s once writing is taken off",
@@ -87,6 +105,10 @@ SOURCES = {
     "elementwise": _TRACE + "8.1 ms per layer, for 13.8 GB as counted here",
     "kernels": _TRACE + "112 kernels of less than 15 us per layer, forward and backward",
     "kernel": _TRACE + "0.54 ms for these 112",
+    "call": "docs/log.md: a bf16 product of one row in oneDNN, however small, on a core of an AMD EPYC; CPUs only",
+    "gradient_passes": "counted in dsv3.train.optimizer: the product writes it, `accumulate` reads it; DeepGEMM's weight "
+    "gradients, which FP8 runs are taken to have, are added to float32 by the product",
+    "stacked_passes": "counted in dsv3.kernels.moe: gradients made one by one are read and written into one tensor",
     "network": "DeepEP's table for H800: 58 GB/s over 4 nodes, 51 over 8, counting what stays; of 50 that is 43 to 45",
     "nvlink": "DeepEP's table: 153 of 200 GB/s within a node of H800",
     "multiprocessors": "report, section 3.2.2: 20 of 132",
@@ -193,14 +215,14 @@ class Roofline:
         dense = [product(tokens, hidden, 2 * width), product(tokens, width, hidden)] if width else []
         routed = []
         if moe:
-            experts, rows = self._experts()
             m = c.moe_intermediate_size
-            routed = [product(rows, hidden, 2 * m, experts), product(rows, m, hidden, experts)]
+            routed = [self._routed(hidden, 2 * m), self._routed(m, hidden)]
             dense.append(product(tokens, hidden, c.n_routed_experts or 0, wide=True))
         core = tokens * attention_flops(c, self.seq) / (self.hardware.bf16_flops * self._computing)
         core *= 1 + self.assumed.attention_length / self.seq  # a share of max * seq / (seq + length)
         moved = [n / (self.hardware.bandwidth * self.assumed.elementwise) for n in self._moved(width, moe)]
-        small = self.assumed.kernels * self.assumed.kernel
+        # Where experts are called one by one, so is SwiGLU between their two products.
+        small = (self.assumed.kernels + (self._calls if moe else 0.0)) * self.assumed.kernel
         passes: tuple[dict[str, float], ...] = ({}, {}, {})
         for i, times in enumerate(passes):
             times["attention projections"] = sum(each[i] for each in projections)
@@ -236,11 +258,30 @@ class Roofline:
             products.append(self._product(self.tokens, c.q_lora_rank, heads * c.qk_head_dim))
         return products
 
-    def _experts(self) -> tuple[float, float]:
-        """Routed experts of a device and the rows that it computes, on the busiest device of a group."""
+    def _routed(self, inputs: int, outputs: int) -> tuple[float, float, float]:
+        """One of the routed experts' products, on the busiest device of a group."""
         c, spread = self.config, self.layout.expert > 1
         held = (c.n_routed_experts or 0) / self.layout.expert
-        return held, self.tokens * c.num_experts_per_tok / (self.assumed.balance if spread else 1.0)
+        rows = self.tokens * c.num_experts_per_tok / (self.assumed.balance if spread else 1.0)
+        calling = self._calls * self.assumed.call
+        forward, inward, weight = self._product(rows, inputs, outputs, held, self._chosen)
+        if not self.hardware.grouped and not self.fp8:
+            numbers = held * inputs * outputs * self.assumed.stacked_passes
+            weight += numbers * self.number / (self.hardware.bandwidth * self.assumed.memory)
+        return forward + calling, inward + calling, weight + calling
+
+    @property
+    def _chosen(self) -> float:
+        """Routed experts of a device that at least one token of a microbatch chose, on average, if choices are even."""
+        c, layout = self.config, self.layout
+        experts = c.n_routed_experts or 1
+        missed: float = (1 - c.num_experts_per_tok / experts) ** (self.tokens * layout.expert)
+        return experts / layout.expert * (1 - missed)
+
+    @property
+    def _calls(self) -> float:
+        """Calls that make up a product of routed experts, each with its own cost; a grouped kernel has none."""
+        return 0.0 if self.hardware.grouped else self._chosen
 
     @cached_property
     def _head(self) -> tuple[float, ...]:
@@ -253,24 +294,35 @@ class Roofline:
     # Kernels ----------------------------------------------------------------------------------------------
 
     def _product(
-        self, rows: float, inputs: float, outputs: float, sets: float = 1, wide: bool = False
+        self,
+        rows: float,
+        inputs: float,
+        outputs: float,
+        sets: float = 1,
+        met: float | None = None,
+        wide: bool = False,
     ) -> tuple[float, float, float]:
-        """Seconds of rows [rows, inputs] through `sets` matrices [outputs, inputs]: forward, and both gradients."""
+        """Seconds of rows [rows, inputs] through `sets` matrices [outputs, inputs]: forward, and both gradients.
+
+        met: how many of the matrices have any rows, all by default; only these are read.
+        """
         assumed, hardware = self.assumed, self.hardware
         fp8 = self.fp8 and not wide
         share = assumed.products_fp8 if fp8 else assumed.products_bf16
         rate = share * self._computing * hardware.flops("bf16" if wide else self.precision)
         bandwidth = hardware.bandwidth * assumed.memory
         number = 2 if wide else self.number
-        weights = sets * inputs * outputs
+        held = sets * inputs * outputs
+        read = held if met is None else met * inputs * outputs
+        added = 8 + (0 if self.fp8 else assumed.gradient_passes * number)  # bytes of each weight's gradient
 
         def loop(operands: float) -> float:
             return max(2 * rows * inputs * outputs / rate, operands * number / bandwidth)
 
         return (
-            loop(rows * inputs + weights) + 2 * rows * outputs / bandwidth,
-            loop(rows * outputs + weights) + 2 * rows * inputs / bandwidth,
-            loop(rows * (inputs + outputs)) + 8 * weights / bandwidth,
+            loop(rows * inputs + read) + 2 * rows * outputs / bandwidth,
+            loop(rows * outputs + read) + 2 * rows * inputs / bandwidth,
+            loop(rows * (inputs + outputs)) + added * held / bandwidth,
         )
 
     def _moved(self, width: int, moe: bool) -> tuple[float, float, float]:

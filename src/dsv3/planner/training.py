@@ -302,8 +302,7 @@ def _update(roof: Roofline, cut_up: list[Stage], memory: tuple[dict[str, float],
     # Without shares, float32 gradients go both ways; with them, they go one way and bf16 weights the other.
     back = 4.0 if sharding == "none" else 2.0
     touched = max(
-        # Masters and moments are read and written, the gradient read, the weight written.
-        2 * (parts["masters"] + parts["moments"]) + 6 * mine.share(sharding)
+        _optimiser_bytes(parts, mine.share(sharding), 4 if roof.precision == "fp32" else 2)
         for parts, mine in zip(memory, places, strict=True)
     )
     parts = {
@@ -312,6 +311,16 @@ def _update(roof: Roofline, cut_up: list[Stage], memory: tuple[dict[str, float],
         "update": touched / (roof.hardware.bandwidth * roof.assumed.elementwise),
     }
     return {part: seconds for part, seconds in parts.items() if seconds}
+
+
+def _optimiser_bytes(memory: dict[str, float], share: float, weight: int) -> float:
+    """What a device's optimiser reads and writes in a step. memory: bytes that it holds, by part; share: numbers that
+    it updates, whose masters and moments it has; weight: bytes of one in the model.
+
+    Gradients are read once for their norm, and again, clipped by it, for the update, which reads and writes masters and
+    moments and writes the weights. Then gradients are set to zero, those of others' shares as well.
+    """
+    return (4 + 4 + weight) * share + 2 * (memory["masters"] + memory["moments"]) + memory["gradients"]
 
 
 def _exchange(roof: Roofline, mine: Held) -> float:
