@@ -30,6 +30,12 @@ def test_the_reports_recipe() -> None:
     assert recipe.data.fim_rate == 0.1
 
 
+def test_the_tiny_recipe_reads_what_ships_alone() -> None:
+    recipe = load_recipe(RECIPES / "tiny.yaml")
+    sources = [source for corpus in recipe.data.corpora.values() for source in corpus.sources]
+    assert sources and all(not source.path and source.hub is None for source in sources)
+
+
 def test_the_recipe_of_nano() -> None:
     recipe = load_recipe(RECIPES / "nano.yaml")
     assert recipe.config("pretrain").rope_scaling is None

@@ -219,7 +219,8 @@ def _report(recipe: Recipe, name: str, run: Run, data: Path, out: Path) -> None:
     _write_json(folder / "heldout.json", report)
     for window, kinds in report.items():
         said = ", ".join(f"{kind} {bits:.3f}" for kind, bits in kinds.items())
-        say(f"{name}: bits per byte of held-out text, {window} tokens at a time: {said}")
+        if said:
+            say(f"{name}: bits per byte of held-out text, {window} tokens at a time: {said}")
 
 
 def _flops_share(run: Run, phase: Phase) -> FlopsShare:
